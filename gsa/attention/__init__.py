@@ -1,0 +1,1 @@
+"""Gated Sparse Attention in plain PyTorch: the definition that every faster backend is held to."""

@@ -1,0 +1,288 @@
+"""Settings: YAML files and `key=value` overrides become checked dataclasses.
+
+- A file is parsed with `yaml.safe_load`, then merged by OmegaConf into the dataclasses that
+  stand beside the code they set.
+- `include: other.yaml` in any mapping starts that mapping from another file's content.
+- Keys are dotted; `model.layers[2].k` names one layer's, `model.layers[0:2].k` and
+  `model.layers[*].k` several layers' settings at once.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gsa.data.packing import DataConfig
+from gsa.errors import ConfigError, RequestError
+from gsa.evaluation.loss import EvaluationConfig
+from gsa.model import ModelConfig
+from gsa.settings import check, join, nearest, setting
+from gsa.tracking import TrackingConfig
+from gsa.training.loop import TrainingConfig
+from gsa.training.workers import WorkersConfig
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Everything that one training run depends on."""
+
+    name: str = setting("train", "name of the run and of its folder under storage")
+    storage: str = setting("runs", "folder for runs, checkpoints and caches; shared by all nodes of a cluster")
+    seed: int = setting(0, "seed of the initial values and of the order of the data", ge=0)
+    model: ModelConfig = setting(ModelConfig, "the decoder")
+    data: DataConfig = setting(DataConfig, "text, tokenizer and packing")
+    training: TrainingConfig = setting(TrainingConfig, "stages, optimizer and checkpoints")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "held-out evaluation")
+    tracking: TrackingConfig = setting(TrackingConfig, "MLflow")
+    workers: WorkersConfig = setting(WorkersConfig, "data-parallel workers of one run")
+
+    def check(self, prefix: str = "") -> None:
+        check_name(join(prefix, "name"), self.name)
+
+
+def check_name(key: str, name: str) -> None:
+    """Names become folders and tags: letters, digits, `.`, `_` and `-`, not starting with a dot."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(key, name, "must be 1 to 100 letters, digits, '.', '_' or '-', not starting with '.'")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a training configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: `key=value` strings; values are YAML.
+
+    Raises:
+        RequestError: the file is missing, is not YAML, or holds an unknown key (the nearest
+            one is suggested), a value of the wrong type, or one out of bounds.
+    """
+    return build(TrainConfig, read_yaml(Path(path)), overrides or [])
+
+
+Schema = type[Any]
+T = TypeVar("T")
+
+
+def build(schema: type[T], data: dict[str, Any], overrides: list[str] | None = None) -> T:
+    """Merge plain data and overrides into a settings dataclass and check it."""
+    for key, value in map(parse_override, overrides or []):
+        assign(schema, data, key, value)
+    _check_keys(schema, data, "")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), data))
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise ConfigError(key, lookup(data, key), _one_line(error.msg or str(error))) from error
+    check(config)
+    return typing.cast(T, config)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise RequestError(f"override {text!r}: must be key=value, for example training.learning_rate=1e-3")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, value, f"is not a YAML value ({_one_line(str(error))})") from error
+
+
+def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as plain data, with every `include` resolved relative to the file that names it."""
+    path = path.resolve()
+    if path in _including:
+        raise RequestError(f"{path}: includes itself through {_including[-1].name}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{_shown(path)}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{_shown(path)}: cannot be read as text ({error})") from error
+    except yaml.YAMLError as error:
+        raise RequestError(f"{_shown(path)}: is not YAML ({_one_line(str(error))})") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"{_shown(path)}: must hold a mapping of settings, not {type(data).__name__}")
+    return typing.cast(dict[str, Any], _resolve_includes(data, path, (*_including, path)))
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: mappings merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def assign(schema: Schema, data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in plain data, in place; `[i]`, `[a:b]` and `[*]` name layers."""
+    for concrete in expand(schema, data, key):
+        _assign_one(data, _parts(concrete), value, concrete)
+
+
+def expand(schema: Schema, data: dict[str, Any], key: str) -> list[str]:
+    """The keys that a key with `[*]` or `[a:b]` stands for; other keys stand for themselves."""
+    found = re.search(r"\[(\*|-?\d*:-?\d*)\]", key)
+    if not found:
+        return [key]
+    if not key[: found.start()].endswith("layers"):
+        raise ConfigError(key, found.group(), "only model.layers takes [*] and [a:b]")
+    owner = key[: found.start()].removesuffix("layers").rstrip(".")
+    length = lookup(data, f"{owner}.num_layers")
+    if length is None:
+        length = ModelConfig().num_layers
+    start, _, stop = found.group(1).partition(":")
+    chosen = range(length)[:] if start == "*" else range(length)[_index(start) : _index(stop)]
+    if not len(chosen):
+        raise ConfigError(key, found.group(), f"names none of the {length} layers")
+    return [key[: found.start()] + f"[{i}]" + key[found.end() :] for i in chosen]
+
+
+def lookup(data: Any, key: str) -> Any:
+    """The value at a dotted key of plain data or of a settings dataclass, `None` where there is none."""
+    for part in _parts(key):
+        if dataclasses.is_dataclass(data):
+            data = getattr(data, str(part), None)
+        elif isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            return None
+    return data
+
+
+def field_of(schema: Schema, key: str) -> "dataclasses.Field[Any]":
+    """The declaration of the setting that a key (with or without indices) names.
+
+    Raises:
+        ConfigError: no such setting; the nearest one is suggested.
+    """
+    current: Any = schema
+    field: dataclasses.Field[Any] | None = None
+    walked = ""
+    for part in (p for p in _parts(re.sub(r"\[[^\]]*\]", "", key)) if isinstance(p, str)):
+        known = {f.name: f for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else {}
+        if part not in known:
+            raise _unknown(join(walked, part), part, schema, list(known))
+        field, walked = known[part], join(walked, part)
+        current = element_type(typing.get_type_hints(current)[part])
+    if field is None:
+        raise RequestError("an empty key names no setting")
+    return field
+
+
+def element_type(hint: Any) -> Any:
+    """The type under `list[...]` and `... | None`."""
+    arguments = [a for a in typing.get_args(hint) if a is not types.NoneType]
+    if typing.get_origin(hint) in (list, typing.Union, types.UnionType) and arguments:
+        return element_type(arguments[0])
+    return hint
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A settings dataclass as `{dotted key: scalar}`; lists of scalars become JSON."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), join(prefix, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, key)
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for i, item in enumerate(value):
+                flat |= flatten(item, f"{key}[{i}]")
+        else:
+            flat[key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def to_yaml(config: Any) -> str:
+    """A settings dataclass as YAML that `read_yaml` and `build` turn back into an equal one."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _resolve_includes(data: Any, path: Path, including: tuple[Path, ...]) -> Any:
+    if isinstance(data, list):
+        return [_resolve_includes(item, path, including) for item in data]
+    if not isinstance(data, dict):
+        return data
+    own = {key: _resolve_includes(value, path, including) for key, value in data.items() if key != "include"}
+    if "include" not in data:
+        return own
+    if not isinstance(data["include"], str):
+        raise ConfigError("include", data["include"], f"must be the path of a YAML file (in {_shown(path)})")
+    return merge(read_yaml(path.parent / data["include"], including), own)
+
+
+def _check_keys(schema: Schema, data: Any, prefix: str) -> None:
+    if isinstance(data, list):
+        for i, item in enumerate(data):
+            _check_keys(schema, item, f"{prefix}[{i}]")
+        return
+    if not isinstance(data, dict):
+        return
+    hints = typing.get_type_hints(schema)
+    for key, value in data.items():
+        if key not in hints:
+            raise _unknown(join(prefix, str(key)), str(key), schema, list(hints))
+        inner = element_type(hints[key])
+        if dataclasses.is_dataclass(inner):
+            _check_keys(typing.cast(Schema, inner), value, join(prefix, str(key)))
+
+
+def _unknown(full_key: str, word: str, schema: Schema, known: list[str]) -> RequestError:
+    hint = nearest(word, known) or nearest(full_key, all_keys(schema))
+    listed = f"; known here: {', '.join(known)}" if known and not hint else ""
+    return RequestError(f"{full_key}: no such setting{hint}{listed}")
+
+
+def all_keys(schema: Schema, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(schema).items():
+        inner = element_type(hint)
+        nested = dataclasses.is_dataclass(inner)
+        keys += all_keys(typing.cast(Schema, inner), join(prefix, name)) if nested else [join(prefix, name)]
+    return keys
+
+
+def _parts(key: str) -> list[str | int]:
+    parts: list[str | int] = []
+    for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", key):
+        parts.append(name or (int(index) if index.isdigit() else index))
+    return parts
+
+
+def _assign_one(data: Any, parts: list[str | int], value: Any, key: str) -> None:
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        if isinstance(part, int):
+            if not isinstance(data, list):
+                raise ConfigError(key, value, f"[{part}] needs a list before it")
+            data.extend({} for _ in range(part + 1 - len(data)))
+        elif not isinstance(data, dict):
+            raise ConfigError(key, value, f"{part!r} is not below a mapping")
+        if following is None:
+            data[part] = value
+            return
+        if isinstance(part, str) and data.get(part) is None:
+            data[part] = [] if isinstance(following, int) else {}
+        data = data[part]
+
+
+def _index(text: str) -> int | None:
+    return int(text) if text else None
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Data: from documents to packed windows of tokens."""

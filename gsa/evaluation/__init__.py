@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, diagnostics of attention, and retrieval."""

@@ -1,0 +1,1 @@
+"""Training: stages, one step, the loop around it, and checkpoints."""

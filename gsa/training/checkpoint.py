@@ -1,0 +1,184 @@
+"""Checkpoints: folders that are either whole or not there.
+
+- `model.safetensors`, `state.pt` (optimizer and loop; tensors and plain values only), `config.yaml`,
+  `tokenizer.json`, and `checkpoint.json`, which lists the others with their SHA-256.
+- Written beside their place, flushed to disk, then renamed: a crash or a full disk leaves the earlier ones as they were.
+- Nothing that is loaded can run code: safetensors, and `torch.load(weights_only=True)`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+
+from gsa.data.tokenizer import Tokenizer
+from gsa.errors import RequestError, RunError
+from gsa.model import GSAForCausalLM
+
+if TYPE_CHECKING:
+    from gsa.config import TrainConfig
+
+FORMAT = "gsa-checkpoint-1"
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose contents were verified."""
+
+    folder: Path
+    step: int
+    metrics: dict[str, float]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Verify a folder.
+
+        Raises:
+            RequestError: it is no checkpoint of ours, or a file of it is missing or not as it was written.
+        """
+        try:
+            index = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{folder}: is not a checkpoint of this project (checkpoint.json: {error})") from error
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise RequestError(f"{folder}: checkpoint.json is not of the format {FORMAT}")
+        for name, digest in index["sha256"].items():
+            if not (folder / name).is_file():
+                raise RequestError(f"{folder}: the checkpoint is corrupt: {name} is missing")
+            if _sha256(folder / name) != digest:
+                raise RequestError(f"{folder}: the checkpoint is corrupt: {name} is not as it was written")
+        return cls(folder, index["step"], index["metrics"])
+
+    def config(self) -> "TrainConfig":
+        from gsa.config import TrainConfig, build, read_yaml
+
+        return build(TrainConfig, read_yaml(self.folder / "config.yaml"))
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "tokenizer.json")
+
+    def load_model(self, model: GSAForCausalLM) -> None:
+        """Fill a model with the stored weights and buffers.
+
+        Raises:
+            RequestError: the weights are of another model.
+        """
+        try:
+            load_model(model, self.folder / "model.safetensors")
+        except (RuntimeError, SafetensorError) as error:
+            detail = " ".join(str(error).split())[:300]
+            raise RequestError(f"{self.folder}: the weights do not fit the model: {detail}") from error
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        return state
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: GSAForCausalLM,
+    state: dict[str, Any],
+    config_yaml: str,
+    tokenizer: Tokenizer,
+    metrics: dict[str, float],
+    keep: int,
+) -> Path:
+    """Write `folder/step-…` and delete all but the last `keep`.
+
+    Raises:
+        RunError: it could not be written, a full disk for example; earlier checkpoints are intact.
+    """
+    target = folder / f"{PREFIX}{step:09d}"
+    unfinished = folder / f".{target.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_model(model, str(unfinished / "model.safetensors"))
+        torch.save(state, unfinished / "state.pt")
+        (unfinished / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        tokenizer.save(unfinished / "tokenizer.json")
+        digests = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+        index = {"format": FORMAT, "step": step, "metrics": metrics, "sha256": digests}
+        (unfinished / "checkpoint.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        for path in (*unfinished.iterdir(), unfinished):
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a failed write in their own exceptions
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = next(iter(reversed(steps(folder))), None)
+        kept = f"{last.name} is intact" if last else "there is no earlier one"
+        free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
+        raise RunError(
+            f"checkpoint of step {step} could not be written to {folder} ({free:.0f} MiB free): {error}; {kept}"
+        ) from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def steps(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, oldest first."""
+    return sorted(folder.glob(f"{PREFIX}*"))
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in a folder, verified; `None` where there is none."""
+    found = steps(folder)
+    return Checkpoint.open(found[-1]) if found else None
+
+
+def load_checkpoint(source: str | Path) -> GSAForCausalLM:
+    """A trained model, in evaluation mode.
+
+    Args:
+        source: a checkpoint folder, a run's folder of checkpoints, or `runs:/<run_id>` of an MLflow run
+            (found through `MLFLOW_TRACKING_URI`, or in `runs/`).
+
+    Raises:
+        RequestError: there is no such checkpoint, or it is corrupt or foreign.
+    """
+    return load(find(source))
+
+
+def load(checkpoint: Checkpoint) -> GSAForCausalLM:
+    model = GSAForCausalLM(checkpoint.config().model)
+    checkpoint.load_model(model)
+    return model.eval()
+
+
+def find(source: str | Path) -> Checkpoint:
+    """The verified checkpoint that `load_checkpoint` would load."""
+    if str(source).startswith("runs:/"):
+        from gsa.tracking import TrackingConfig, connect
+
+        source = connect(TrackingConfig(), "runs").download(str(source).removeprefix("runs:/"), "checkpoint")
+    folder = Path(source)
+    if not (folder / "checkpoint.json").exists() and steps(folder):
+        folder = steps(folder)[-1]
+    return Checkpoint.open(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

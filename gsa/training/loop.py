@@ -1,0 +1,273 @@
+"""The training loop, the same for CPU and GPU, one worker or many.
+
+- The position in the data is the number of sequences consumed, and nothing draws random numbers while it
+  trains: a run resumed from a checkpoint equals the uninterrupted one bit for bit on a CPU.
+- Data parallelism is applied from outside: the model never knows.
+- What it measures goes to the `log` it is given; it knows neither Ray nor MLflow.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gsa.data.packing import Prepared, Shuffled
+from gsa.errors import ConfigError, RequestError, RunError
+from gsa.evaluation.loss import evaluate
+from gsa.model import GSAForCausalLM
+from gsa.settings import setting
+from gsa.training import checkpoint
+from gsa.training.optimizer import OptimizerConfig, clip, make_optimizer, set_learning_rate
+from gsa.training.spikes import SpikeCounter
+from gsa.training.stages import Plan, StageConfig, freeze
+from gsa.training.step import Losses, TrainingStep
+from gsa.training.workers import Workers
+
+if TYPE_CHECKING:
+    from gsa.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+def _default_stages() -> list[StageConfig]:
+    return [StageConfig("dense", 100), StageConfig("warmup", 20), StageConfig("sparse", 80)]
+
+
+@dataclasses.dataclass
+class TrainingConfig:
+    stages: list[StageConfig] = setting(_default_stages, "stages, in order")
+    batch_size: int = setting(8, "sequences per optimizer step, over all workers", ge=1)
+    micro_batch_size: int = setting(8, "sequences per forward on one worker; gradients accumulate", ge=1)
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "AdamW and its schedule")
+    precision: str = setting("auto", "auto: bf16 autocast on a GPU", choices=("auto", "fp32", "bf16"))
+    checkpoint_activations: bool = setting(False, "recompute blocks in the backward pass to save memory")
+    compile: bool = setting(False, "torch.compile the step")
+    log_every: int = setting(10, "optimizer steps between logged metrics", ge=1)
+    checkpoint_every: int = setting(100, "optimizer steps between checkpoints; the last step always has one", ge=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", ge=1)
+
+    def check(self, prefix: str) -> None:
+        if not sum(stage.steps for stage in self.stages):
+            raise ConfigError(f"{prefix}.stages", 0, "must have at least one step in all")
+        if self.batch_size % self.micro_batch_size:
+            allowed = f"must divide batch_size = {self.batch_size}"
+            raise ConfigError(f"{prefix}.micro_batch_size", self.micro_batch_size, allowed)
+
+
+def make_model(config: "TrainConfig", data: Prepared) -> GSAForCausalLM:
+    """The model with its initial values, which depend on `seed` alone; fills in `config.model.vocab_size`.
+
+    Raises:
+        ConfigError: the vocabulary is smaller than the tokenizer's.
+    """
+    size = data.tokenizer.vocab_size
+    if config.model.vocab_size is None:
+        config.model.vocab_size = size
+    if config.model.vocab_size < size:
+        raise ConfigError("model.vocab_size", config.model.vocab_size, f"must be >= the tokenizer's, {size}")
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return GSAForCausalLM(config.model)
+
+
+def has_indexer(model: GSAForCausalLM) -> bool:
+    return bool(model.indexer_parameters())
+
+
+class Trainer:
+    """One run's state: model, optimizer, position and counters.
+
+    Args:
+        config: the run's settings.
+        data: tokenized text.
+        folder: where checkpoints go, shared by all workers. The newest one there is continued.
+
+    Raises:
+        RequestError: the batch cannot be shared out, or the newest checkpoint is corrupt or of another configuration.
+    """
+
+    def __init__(self, config: "TrainConfig", data: Prepared, folder: Path) -> None:
+        self.config, self.data, self.folder = config, data, folder
+        self.workers = Workers.current()
+        training = config.training
+        if training.batch_size % (self.workers.world * training.micro_batch_size):
+            allowed = f"must be a multiple of workers x micro_batch_size, {self.workers.world} x "
+            raise ConfigError("training.batch_size", training.batch_size, f"{allowed}{training.micro_batch_size}")
+        self.model = make_model(config, data).to(self.workers.device)
+        self.plan = Plan(training.stages, has_indexer(self.model))
+        self.batches = Shuffled(data.train, config.seed)
+        self.optimizer = make_optimizer(self.model, training.optimizer)
+        self.spikes = SpikeCounter()
+        self.step = 0
+        self.metrics: dict[str, float] = {}  # of the last step, empty where it was not logged
+        newest = checkpoint.latest(folder)
+        if newest is not None:
+            self._resume(newest)
+
+    def train(self, log: Log) -> dict[str, float]:
+        """Train to the end of the last stage.
+
+        Args:
+            log: called on every worker, with the number of finished steps and the metrics. A resumed run first repeats
+                the call of its checkpoint's step.
+
+        Returns:
+            The last metrics, evaluation included.
+
+        Raises:
+            RunError: the loss is not finite, or a checkpoint could not be written.
+        """
+        training = self.config.training
+        if self.metrics:
+            # the checkpoint was written, but whoever wrote it may have died before it could log
+            log(self.step, self.metrics)
+        stage = None
+        seconds, tokens = 0.0, 0
+        self.model.train()
+        while self.step < self.plan.total_steps:
+            if self.step and self.plan.stage(self.step) != self.plan.stage(self.step - 1):
+                self.spikes.new_stage()
+            if self.plan.stage(self.step) != stage:
+                stage = self.plan.stage(self.step)
+                forward = self._wrap(TrainingStep(self.model, stage, training.checkpoint_activations))
+            done = self.step + 1
+            logs = done % training.log_every == 0 or done == self.plan.total_steps
+            began = time.perf_counter()
+            metrics = self._optimize(forward, logs)
+            seconds += time.perf_counter() - began
+            self.step = done
+            tokens += training.batch_size * self.config.data.context_length
+            if done % self.config.evaluation.every == 0 or done == self.plan.total_steps:
+                # the attention that the steps so far have trained for, not the next stage's
+                metrics |= evaluate(self.model, self.data, self.config.evaluation, stage, self.workers)
+                logs = True
+            if logs:
+                metrics["tokens_per_second"] = tokens / seconds
+                seconds, tokens = 0.0, 0
+            self.metrics = metrics if logs else {}
+            if done % training.checkpoint_every == 0 or done == self.plan.total_steps:
+                # before it is logged: a trial that is stopped at its last report has its last checkpoint
+                self._save()
+            if logs:
+                log(done, metrics)
+        return self.metrics
+
+    def _wrap(self, step: TrainingStep) -> nn.Module:
+        freeze(self.model, step.stage)
+        wrapped: nn.Module = step
+        if self.workers.world > 1:
+            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+        return torch.compile(wrapped) if self.config.training.compile else wrapped  # type: ignore[return-value]
+
+    def _optimize(self, forward: nn.Module, measure: bool) -> dict[str, float]:
+        """One optimizer step over the global batch; metrics are the global batch's too."""
+        training, workers = self.config.training, self.workers
+        rate = set_learning_rate(self.optimizer, training.optimizer, self.step, self.plan.total_steps)
+        local = training.batch_size // workers.world
+        first = self.step * training.batch_size + workers.rank * local
+        micros = local // training.micro_batch_size
+        results: list[Losses] = []
+        for i in range(micros):
+            batch = self.batches.batch(first + i * training.micro_batch_size, training.micro_batch_size)
+            last = i + 1 == micros
+            alone = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else None
+            with alone or contextlib.nullcontext(), self._autocast():
+                losses: Losses = forward(batch.to(workers.device), measure)
+                (losses.total / micros).backward()
+            results.append(losses)
+        metrics = self._sum_up(results, measure)
+        self._refuse_nonfinite(metrics)
+        indexer = self.model.indexer_parameters()
+        apart = {id(p) for p in indexer}
+        norm = training.optimizer.clip_norm
+        metrics["gradient_norm"] = clip([p for p in self.model.parameters() if id(p) not in apart], norm)
+        metrics["indexer_gradient_norm"] = clip(indexer, norm)
+        metrics["learning_rate"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.spikes.add(metrics["loss"])
+        metrics["loss_spikes"] = float(self.spikes.count)
+        return metrics
+
+    def _sum_up(self, results: list[Losses], measure: bool) -> dict[str, float]:
+        metrics = {"loss": _mean([r.language for r in results])}
+        indexer = [r.indexer.detach() for r in results if r.indexer is not None]
+        if indexer:
+            metrics["indexer_kl"] = _mean(indexer)
+        for name in results[0].statistics if measure else ():
+            if name != "max_activation":
+                metrics[name] = float(torch.stack([r.statistics[name] for r in results]).double().nanmean())
+        metrics = self.workers.mean(metrics)
+        if measure:
+            largest = torch.stack([r.statistics["max_activation"] for r in results])
+            metrics["max_activation"] = float(self.workers.largest(largest.amax()))
+        uncertainty = [r.uncertainty for r in results if r.uncertainty is not None]
+        if uncertainty:
+            self.model.update_references(self.workers.sum(torch.stack(uncertainty).sum(0)))
+        return metrics
+
+    def _refuse_nonfinite(self, metrics: dict[str, float]) -> None:
+        for name in ("loss", "indexer_kl"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                rate = self.config.training.optimizer.learning_rate
+                raise RunError(f"{name} is {metrics[name]} at step {self.step + 1}; learning rate {rate:g}")
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        precision, device = self.config.training.precision, self.workers.device
+        if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+            return torch.autocast(device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _save(self) -> None:
+        if self.workers.first:
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "spikes": self.spikes.state_dict(),
+                "sequences": self.step * self.config.training.batch_size,
+                "data": self.data.fingerprint,
+                "random": torch.get_rng_state(),
+            }
+            checkpoint.save(
+                self.folder,
+                self.step,
+                model=self.model,
+                state=state,
+                config_yaml=self._config_yaml(),
+                tokenizer=self.data.tokenizer,
+                metrics=self.metrics,
+                keep=self.config.training.keep_checkpoints,
+            )
+        self.workers.barrier()
+
+    def _resume(self, newest: checkpoint.Checkpoint) -> None:
+        state = newest.state()
+        if state["data"] != self.data.fingerprint:
+            raise RequestError(f"{newest.folder}: was trained on other text; give the run another name")
+        if state["sequences"] != newest.step * self.config.training.batch_size:
+            held = state["sequences"] // newest.step
+            raise ConfigError("training.batch_size", self.config.training.batch_size, f"was {held} in {newest.folder}")
+        newest.load_model(self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.spikes.load_state_dict(state["spikes"])
+        torch.set_rng_state(state["random"])
+        self.step, self.metrics = newest.step, dict(newest.metrics)
+        logger.info("continuing from %s", newest.folder)
+
+    def _config_yaml(self) -> str:
+        from gsa.config import to_yaml
+
+        return to_yaml(self.config)
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.stack(values).double().mean())

@@ -1,0 +1,57 @@
+"""The stages of training and what each one trains (GSA.md, "Training").
+
+| stage | attention | trains | indexer loss |
+|---|---|---|---|
+| `dense` | every key | all but the indexer | none |
+| `warmup` | every key | the indexer alone | KL over every visible key |
+| `sparse` | selected keys | everything | KL over the selected keys |
+"""
+
+import dataclasses
+
+from gsa.attention.attention import Stage
+from gsa.model import GSAForCausalLM
+from gsa.settings import setting
+
+STAGES: tuple[Stage, ...] = ("dense", "warmup", "sparse")
+
+
+@dataclasses.dataclass
+class StageConfig:
+    kind: str = setting("dense", "which attention, and what is trained", choices=STAGES)
+    steps: int = setting(100, "optimizer steps", ge=0)
+
+
+class Plan:
+    """Which stage each optimizer step belongs to.
+
+    A model without any indexer has nothing to warm up: its `warmup` stages have no steps, and its `sparse` stages
+    train all that there is.
+    """
+
+    def __init__(self, stages: list[StageConfig], has_indexer: bool) -> None:
+        self._ends: list[tuple[int, Stage]] = []
+        end = 0
+        for stage in stages:
+            if stage.kind == "warmup" and not has_indexer:
+                continue
+            end += stage.steps
+            self._ends.append((end, next(s for s in STAGES if s == stage.kind)))
+        self.total_steps = end
+
+    def stage(self, step: int) -> Stage:
+        """The stage of a step counted from 0; past the end, the last one's."""
+        for end, stage in self._ends:
+            if step < end:
+                return stage
+        return self._ends[-1][1]
+
+
+def freeze(model: GSAForCausalLM, stage: Stage) -> None:
+    """Let gradients reach what the stage trains, and nothing else."""
+    indexer = {id(p) for p in model.indexer_parameters()}
+    for parameter in model.parameters():
+        of_indexer = id(parameter) in indexer
+        parameter.requires_grad_(stage == "sparse" or of_indexer == (stage == "warmup"))
+        if not parameter.requires_grad:
+            parameter.grad = None

@@ -1,0 +1,1 @@
+"""What runs on Ray: command line → sweep → trial → training."""

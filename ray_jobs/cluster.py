@@ -1,0 +1,65 @@
+"""The Ray cluster: started in this process, or joined; and whether a run can ever fit on it."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from gsa.errors import ConfigError
+from gsa.training.workers import WorkersConfig
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Join the cluster that `RAY_ADDRESS` names (a submitted job has it set), or start one on this machine.
+
+    What this starts, it stops.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 18 s become 10 for a nested trainer's start
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow holds the metrics
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # nothing large goes through the object store: text is memory-mapped, checkpoints are files
+        ray.init(
+            include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, object_store_memory=200_000_000
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def concurrent_runs(workers: WorkersConfig, key: str = "workers") -> int:
+    """How many runs of this size the cluster holds at once.
+
+    Raises:
+        ConfigError: not even one; it would wait for ever.
+    """
+    total = ray.cluster_resources()
+    room = math.inf
+    for name, resource, each in (
+        ("cpus_per_worker", "CPU", workers.cpus_per_worker),
+        ("gpus_per_worker", "GPU", workers.gpus_per_worker),
+    ):
+        if not each:
+            continue
+        there = total.get(resource, 0)
+        allowed = f"the cluster has {there:g} {resource}s in all"
+        if each > there:
+            raise ConfigError(f"{key}.{name}", each, f"can never be scheduled: {allowed}")
+        if each * workers.num_workers > there:
+            needed = f"needs {each * workers.num_workers:g} {resource}s"
+            raise ConfigError(f"{key}.num_workers", workers.num_workers, f"{needed} and {allowed}")
+        room = min(room, there // (each * workers.num_workers))
+    return max(1, int(room))

@@ -1,0 +1,145 @@
+"""One run, trained: in this process, or by the workers of a nested Ray Train `TorchTrainer`.
+
+The first worker alone talks to MLflow; results go on to whoever started the run.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from gsa.config import TrainConfig, build, flatten, to_yaml
+from gsa.data.packing import prepare
+from gsa.errors import RunError
+from gsa.tracking import Tracking, connect
+from gsa.training import checkpoint
+from gsa.training.loop import Trainer
+from gsa.training.workers import Workers
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What it takes to train one run; plain data, as it crosses processes."""
+
+    config: dict[str, Any]  # a TrainConfig
+    folder: str  # of the run's checkpoints, on storage that every worker sees
+    run_key: str  # of the run in MLflow
+    run_name: str
+    parent: str | None = None  # the sweep's run
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def settings(self) -> TrainConfig:
+        return build(TrainConfig, dict(self.config))
+
+
+def launch(job: Job, report: Report, callbacks: list[UserCallback] | None = None) -> None:
+    """Train a run: in this process if it has one worker, otherwise with a `TorchTrainer`.
+
+    Args:
+        report: takes the metrics of each evaluation (one worker).
+        callbacks: take them instead from a `TorchTrainer`.
+
+    Raises:
+        RunError: a worker failed; the message is the worker's own.
+    """
+    settings = job.settings()
+    if settings.workers.num_workers == 1:
+        work(job, report)
+    else:
+        fit(job, callbacks or [])
+
+
+def fit(job: Job, callbacks: list[UserCallback]) -> None:
+    """Train a run with a Ray Train `TorchTrainer` of any number of workers.
+
+    Raises:
+        RunError: a worker failed; the message is the worker's own.
+    """
+    workers = job.settings().workers
+    resources = {"CPU": workers.cpus_per_worker}
+    if workers.gpus_per_worker:
+        resources["GPU"] = workers.gpus_per_worker
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=Path(job.folder).name,
+            storage_path=str(Path(job.folder).parent / ".ray_train"),
+            failure_config=FailureConfig(max_failures=0),
+            callbacks=callbacks,
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RunError(root_cause(error)) from error
+
+
+def root_cause(error: BaseException) -> str:
+    """The message of the worker's own error, without the layers that Ray wraps around it, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return root_cause(next(iter(failures.values())))
+    inner = getattr(error, "cause", None) or error.__cause__
+    if isinstance(inner, BaseException):
+        return root_cause(inner)
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, RunError | ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    def report(metrics: dict[str, Any]) -> None:
+        ray.train.report(metrics)
+
+    work(config["job"], report)
+
+
+def work(job: Job, report: Report) -> None:
+    """Train this worker's share of a run, from its newest checkpoint if it has one.
+
+    Args:
+        report: takes the metrics of each evaluation, `step` and `complete` among them; called by every worker.
+    """
+    # Ray's workers log to files of their own; one line of ours is enough there
+    logging.getLogger("gsa").setLevel(logging.INFO)
+    config = job.settings()
+    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    data = prepare(config.data)
+    trainer = Trainer(config, data, Path(job.folder))
+    first = Workers.current().first
+    tracking: Tracking | None = None
+    run_id, logged = "", 0
+    if first:
+        tracking = connect(config.tracking, config.storage)
+        run_id = tracking.start_run(job.run_key, job.run_name, job.parent, job.tags)
+        logged = tracking.last_step(run_id)
+        tracking.describe(run_id, flatten(config), to_yaml(config))
+        source = {"source": config.data.corpus.source, "files": config.data.corpus.files}
+        tracking.describe_data(run_id, config.data.corpus.source, data.fingerprint, source)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        complete = step == trainer.plan.total_steps
+        if tracking is not None and step > logged:
+            tracking.log(run_id, step, metrics)
+        if tracking is not None and complete:
+            tracking.upload(run_id, checkpoint.steps(trainer.folder)[-1], "checkpoint")
+        if "held_out_loss" in metrics:
+            report({**metrics, "step": step, "complete": complete})
+
+    watch = contextlib.nullcontext()
+    if tracking is not None and config.tracking.system_metrics:
+        watch = tracking.system_metrics(run_id)  # type: ignore[assignment]
+    with watch:
+        trainer.train(log)
