@@ -175,7 +175,8 @@ class GSAForCausalLM(nn.Module):
         results: list[AttentionResult] = []
         largest: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            reuse = block.attention.config.selection.reuse
+            attention = block.attention.config
+            reuse = attention.selection.reuse if attention.sparse else 0
             options = {
                 "stage": stage,
                 "cache": None if cache is None else cache.layers[i],
@@ -218,7 +219,7 @@ class GSAForCausalLM(nn.Module):
         """
         if tokens.shape[1] == 0:
             raise RequestError("generate: the prompt is empty; begin it with the tokenizer's start token")
-        if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 0:
+        if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 0:  # NaN is refused too
             raise RequestError(
                 f"generate: temperature = {temperature} must be >= 0, top_p = {top_p} in (0, 1], "
                 f"max_new_tokens = {max_new_tokens} >= 0"

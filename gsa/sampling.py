@@ -12,7 +12,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    # differences from the highest, in fp64: the lowest temperatures overflow nothing
+    scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / temperature
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     nucleus = probabilities.masked_fill(before >= top_p, 0)
     return order.gather(-1, torch.multinomial(nucleus, 1, generator=generator))

@@ -116,7 +116,7 @@ def work(job: Job, report: Report) -> None:
     logging.getLogger("gsa").setLevel(logging.INFO)
     config = job.settings()
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
-    data = prepare(config.data)
+    data = prepare(config.data, Path(config.storage) / "data")
     trainer = Trainer(config, data, Path(job.folder))
     first = Workers.current().first
     tracking: Tracking | None = None

@@ -86,7 +86,7 @@ class GatedSparseAttention(nn.Module):
         self.gates = nn.ModuleDict({p: Gate(config.gates, hidden, *shapes[p]) for p in config.gates.places})
         self.indexer: Indexer | None = None
         self.controller: Controller | None = None
-        if config.selection.reuse > layer:
+        if config.sparse and config.selection.reuse > layer:
             raise ConfigError("selection.reuse", config.selection.reuse, f"must be <= the layer's number, {layer}")
         if config.sparse and not config.selection.reuse:
             self.indexer = Indexer(config.indexer, hidden, config.rope_theta)
@@ -155,6 +155,7 @@ class GatedSparseAttention(nn.Module):
         if sparse and index_keys is not None and config.selection.coarse is not None:
             blocks = Blocks.pool(index_keys.detach(), starts, config.selection.coarse.block) if length else None
         outputs, selections, losses, uncertainties = [], [], [], []
+        num_queries = torch.zeros((), dtype=torch.long, device=hidden.device)  # those that see any key
         sums: dict[str, Tensor] = {}
         for first in range(0, length, config.query_chunk):
             rows = slice(first, min(first + config.query_chunk, length))
@@ -173,7 +174,11 @@ class GatedSparseAttention(nn.Module):
                 if config.selection.share > 1:
                     selected, leader = share_windows(selected, leader, queries, config.selection.share)
             chunk_q = q[:, rows].transpose(1, 2)  # [B, H, C, d]
-            outputs.append(F.scaled_dot_product_attention(chunk_q, keys, values, attn_mask=selected[:, None]))
+            sees_any = visible.any(-1)  # [B, C]; padding before a row's first token sees nothing
+            mask = (selected | ~sees_any[..., None])[:, None]  # a softmax of nothing would be NaN
+            attended = F.scaled_dot_product_attention(chunk_q, keys, values, attn_mask=mask)
+            outputs.append(attended * sees_any[:, None, :, None])
+            num_queries = num_queries + sees_any.sum()
             if keep_selection and sparse:
                 selections.append(selected)
             if indexer_loss and seen is not None and stage != "dense" and index_queries is not None:
@@ -198,7 +203,7 @@ class GatedSparseAttention(nn.Module):
         return AttentionResult(
             output=output,
             selection=torch.cat(selections, 1) if selections else None,
-            indexer_loss=torch.stack(losses).sum() / (batch * length) if losses else None,
+            indexer_loss=torch.stack(losses).sum() / num_queries.clamp_min(1) if losses else None,
             uncertainty=torch.stack(known).sum(0) if known else None,
             statistics=statistics,
         )
@@ -217,14 +222,15 @@ class GatedSparseAttention(nn.Module):
         assert self.indexer is not None and self.controller is not None
         count = index_keys.shape[1]
         visible, forced = queries.visible(count), queries.forced(self.config.selection, count)
+        available = visible.sum(-1)
         if blocks is not None:
             coarse = self.config.selection.coarse
             assert coarse is not None
-            wanted = self.controller.nominal(visible) * coarse.candidates
+            wanted = self.controller.nominal(available) * coarse.candidates
             kept = (wanted + coarse.block - 1) // coarse.block
             block_scores = self.indexer.scores(index_queries, blocks.pooled)
             visible = visible & (blocks.candidates(block_scores, queries, kept) | forced)
-        return Seen(self.indexer.scores(index_queries, index_keys), visible, forced, hidden)
+        return Seen(self.indexer.scores(index_queries, index_keys), visible, available, forced, hidden)
 
     @torch.no_grad()
     def _select(self, seen: Seen) -> Tensor:
@@ -240,7 +246,7 @@ class GatedSparseAttention(nn.Module):
 
         def divergence(q: Tensor, weight: Tensor | None, keys: Tensor) -> Tensor:
             scores = indexer.scores(IndexerQueries(q, weight), keys)
-            logits = (indexer.config.temperature * scores).masked_fill(~support, -math.inf)
+            logits = (indexer.config.temperature * scores).masked_fill(~support, torch.finfo(scores.dtype).min)
             log_p = logits.log_softmax(-1).masked_fill(~support, 0)
             return (target * (target.clamp_min(1e-30).log() - log_p)).sum()
 
@@ -257,7 +263,7 @@ class GatedSparseAttention(nn.Module):
         statistic = self.controller.uncertainty(seen)
         if statistic is None:
             return None
-        return torch.stack((statistic.sum(), torch.full_like(statistic.sum(), statistic.numel())))
+        return torch.stack((statistic.sum(), seen.available.count_nonzero().to(statistic)))
 
 
 @torch.no_grad()
@@ -270,7 +276,8 @@ def _probabilities(q: Tensor, keys: Tensor, support: Tensor) -> Tensor:
     precise = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         logits = q.to(precise) @ keys.to(precise).transpose(2, 3) / math.sqrt(q.shape[-1])
-        return logits.masked_fill(~support[:, None], -math.inf).softmax(-1)
+        # a finite filling: a query that sees nothing has no attention, not NaN
+        return logits.masked_fill(~support[:, None], torch.finfo(precise).min).softmax(-1) * support[:, None]
 
 
 @torch.no_grad()

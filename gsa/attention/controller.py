@@ -22,6 +22,7 @@ class Seen(NamedTuple):
 
     scores: Tensor  # [B, C, S] indexer scores
     visible: Tensor  # [B, C, S] bool: the keys that were scored
+    available: Tensor  # [B, C] integers: how many keys the query may see, scored or not
     forced: Tensor  # [B, C, S] bool: the keys that are kept in any case
     hidden: Tensor  # [B, C, D] the queries' own hidden states
 
@@ -37,9 +38,9 @@ class Controller(nn.Module, ABC):
     def wanted(self, seen: Seen) -> Tensor:
         """The number of keys wanted, [B, C], before clipping."""
 
-    def nominal(self, visible: Tensor) -> Tensor:
+    def nominal(self, available: Tensor) -> Tensor:
         """The k by which two-level selection sizes its candidates, [B, C], known before any score is."""
-        return torch.full_like(visible[..., 0], self.config.k, dtype=torch.long)
+        return torch.full_like(available, self.config.k)
 
     def uncertainty(self, seen: Seen) -> Tensor | None:
         """The statistic [B, C] whose running mean is the reference, `None` for kinds without one."""
@@ -67,11 +68,11 @@ class Ratio(Controller):
     """k_t = ⌈ratio · (t + 1)⌉, t counted within the document."""
 
     def wanted(self, seen: Seen) -> Tensor:
-        return self.nominal(seen.visible)
+        return self.nominal(seen.available)
 
-    def nominal(self, visible: Tensor) -> Tensor:
+    def nominal(self, available: Tensor) -> Tensor:
         # fp64, and less than an ulp's worth of slack: 0.1 · 30 is 3, not the 3.0000000000000004 that rounds up to 4
-        return (visible.sum(-1).double() * self.config.ratio - 1e-9).ceil().long()
+        return (available.double() * self.config.ratio - 1e-9).ceil().long()
 
 
 class Threshold(Controller):
@@ -80,8 +81,8 @@ class Threshold(Controller):
     def wanted(self, seen: Seen) -> Tensor:
         return (((seen.scores >= self.config.threshold) & seen.visible) | seen.forced).sum(-1).to(seen.scores.dtype)
 
-    def nominal(self, visible: Tensor) -> Tensor:
-        return torch.full_like(visible[..., 0], self.config.k_max, dtype=torch.long)
+    def nominal(self, available: Tensor) -> Tensor:
+        return torch.full_like(available, self.config.k_max)
 
 
 class Uncertainty(Controller):
@@ -128,7 +129,7 @@ class Entropy(Uncertainty):
     """x_t = the entropy of softmax(τ · I[t, s ≤ t]), in nats."""
 
     def _statistic(self, seen: Seen) -> Tensor:
-        logits = (self.temperature * seen.scores.double()).masked_fill(~seen.visible, -math.inf)
+        logits = (self.temperature * seen.scores.double()).masked_fill(~seen.visible, torch.finfo(torch.double).min)
         log_p = logits.log_softmax(-1)
         return -(log_p.exp() * log_p.masked_fill(~seen.visible, 0)).sum(-1)
 
@@ -147,15 +148,16 @@ class Learned(Controller):
     def wanted(self, seen: Seen) -> Tensor:
         return self._log_k(seen.hidden).exp()
 
-    def nominal(self, visible: Tensor) -> Tensor:
-        return torch.full_like(visible[..., 0], self.config.k_max, dtype=torch.long)
+    def nominal(self, available: Tensor) -> Tensor:
+        return torch.full_like(available, self.config.k_max)
 
     def loss(self, seen: Seen) -> Tensor:
-        logits = (self.temperature * seen.scores.detach()).masked_fill(~seen.visible, -math.inf)
+        logits = self.temperature * seen.scores.detach()
+        logits = logits.masked_fill(~seen.visible, torch.finfo(logits.dtype).min)
         mass = logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
         needed = 1 + (mass < self.config.target_mass).sum(-1)
         target = needed.clamp(self.config.k_min, self.config.k_max).to(logits.dtype).log()
-        return (self._log_k(seen.hidden) - target).square()
+        return (self._log_k(seen.hidden) - target).square() * (seen.available > 0)
 
     def _log_k(self, hidden: Tensor) -> Tensor:
         low, high = math.log(self.config.k_min), math.log(self.config.k_max)

@@ -92,7 +92,7 @@ class Blocks(NamedTuple):
         """Pool indexer keys [B, S, d_I] of documents that begin at `starts` [B, S]."""
         place = torch.arange(keys.shape[1], device=keys.device) - starts
         of_key = (place % size == 0).cumsum(1) - 1
-        count = int(of_key.max()) + 1
+        count = int(of_key.max()) + 1 if of_key.numel() else 0
         total = keys.new_zeros(keys.shape[0], count, keys.shape[2])
         total.scatter_add_(1, of_key[..., None].expand_as(keys), keys)
         members = keys.new_zeros(keys.shape[0], count).scatter_add_(1, of_key, torch.ones_like(keys[..., 0]))
