@@ -18,11 +18,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gsa.data.packing import DataConfig
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table that it makes
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -33,6 +37,7 @@ from gsa.errors import RequestError
 from gsa.settings import setting
 
 KEY, STATE, REASON, PARENT = "gsa.key", "gsa.state", "gsa.reason", "mlflow.parentRunId"
+OBJECTIVES = "gsa.objectives"  # of a sweep's run, and of no other
 # how each state of a run of ours is told to MLflow
 STATUS = {"finished": "FINISHED", "stopped_early": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 PARAM_LIMIT = 6000  # characters of a parameter's value that MLflow stores
@@ -58,6 +63,11 @@ class Tracking:
         runs = self.client.search_runs([self.experiment_id], f"tags.`{KEY}` = '{quoted}'", max_results=1)
         return runs[0] if runs else None
 
+    @staticmethod
+    def state(run: Run) -> str:
+        """The state of a run of ours: `running`, or one that `finish` takes."""
+        return str(run.data.tags.get(STATE, ""))
+
     def start_run(self, key: str, name: str, parent: str | None = None, tags: dict[str, str] | None = None) -> str:
         """The id of the run with this key, set to RUNNING; made where there is none yet."""
         run = self.find_run(key)
@@ -81,15 +91,19 @@ class Tracking:
             self.client.log_batch(run_id, params=entries[first : first + 100])
         self.client.log_text(run_id, config_yaml, "config.yaml")
 
-    def describe_data(self, run_id: str, name: str, digest: str, source: dict[str, Any]) -> None:
+    def describe_data(self, run_id: str, config: "DataConfig", fingerprint: str) -> None:
         """Record the dataset a run trains on."""
-        dataset = Dataset(name=name, digest=digest[:36], source_type="gsa", source=json.dumps(source))
+        source = json.dumps(dataclasses.asdict(config.corpus))
+        dataset = Dataset(name=config.corpus.source, digest=fingerprint[:36], source_type="gsa", source=source)
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def metrics(self, run_id: str) -> dict[str, float]:
+        """The last value of every metric."""
+        return dict(self.client.get_run(run_id).data.metrics)
 
     def last_step(self, run_id: str) -> int:
         """The last step that was logged, 0 where there is none."""
-        logged = self.client.get_run(run_id).data.metrics
-        return int(logged.get("step", 0))
+        return int(self.metrics(run_id).get("step", 0))
 
     def log(self, run_id: str, step: int, metrics: dict[str, float]) -> None:
         """Log the metrics of one step in one request. Values that are not finite are left out."""
@@ -140,6 +154,11 @@ class Tracking:
             if not token:
                 return runs
 
+    def sweeps(self) -> set[str]:
+        """The names of all sweeps in the store."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.`{OBJECTIVES}` != ''", max_results=1000)
+        return {str(run.info.run_name) for run in runs}
+
     def register(self, run_id: str, name: str) -> str:
         """Make a run's checkpoint the newest version of a registered model; returns the version."""
         with contextlib.suppress(MlflowException):  # registered before
@@ -156,6 +175,18 @@ class Tracking:
             yield
         finally:
             monitor.finish()
+
+
+def open_store(config: TrackingConfig, storage: str | Path) -> Tracking:
+    """Open a store that is there already; to read it makes nothing.
+
+    Raises:
+        RequestError: there is no store, or it cannot be reached.
+    """
+    uri = store_uri(config, storage)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise RequestError(f"{uri}: no runs are stored there; --storage or --tracking-uri name another place")
+    return connect(config, storage)
 
 
 def connect(config: TrackingConfig, storage: str | Path) -> Tracking:

@@ -1,1 +1,1 @@
-"""Kernels."""
+"""GPU kernels of Gated Sparse Attention. Knows nothing of `gsa`."""

@@ -21,8 +21,9 @@ import optuna
 from gsa.config import TrainConfig, assign, build, element_type, expand, field_of
 from gsa.errors import ConfigError, RequestError
 from gsa.settings import check_value, nearest
+from ray_jobs.record import Params
 
-Params = dict[str, Any]
+
 
 FIELDS = {
     "float": {"low", "high", "log", "step"},

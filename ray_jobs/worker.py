@@ -41,23 +41,6 @@ class Job:
         return build(TrainConfig, dict(self.config))
 
 
-def launch(job: Job, report: Report, callbacks: list[UserCallback] | None = None) -> None:
-    """Train a run: in this process if it has one worker, otherwise with a `TorchTrainer`.
-
-    Args:
-        report: takes the metrics of each evaluation (one worker).
-        callbacks: take them instead from a `TorchTrainer`.
-
-    Raises:
-        RunError: a worker failed; the message is the worker's own.
-    """
-    settings = job.settings()
-    if settings.workers.num_workers == 1:
-        work(job, report)
-    else:
-        fit(job, callbacks or [])
-
-
 def fit(job: Job, callbacks: list[UserCallback]) -> None:
     """Train a run with a Ray Train `TorchTrainer` of any number of workers.
 
@@ -126,8 +109,7 @@ def work(job: Job, report: Report) -> None:
         run_id = tracking.start_run(job.run_key, job.run_name, job.parent, job.tags)
         logged = tracking.last_step(run_id)
         tracking.describe(run_id, flatten(config), to_yaml(config))
-        source = {"source": config.data.corpus.source, "files": config.data.corpus.files}
-        tracking.describe_data(run_id, config.data.corpus.source, data.fingerprint, source)
+        tracking.describe_data(run_id, config.data, data.fingerprint)
 
     def log(step: int, metrics: dict[str, float]) -> None:
         complete = step == trainer.plan.total_steps

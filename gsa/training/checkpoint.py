@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from gsa.data.tokenizer import Tokenizer
-from gsa.errors import RequestError, RunError
+from gsa.errors import ConfigError, RequestError, RunError
 from gsa.model import GSAForCausalLM
 
 if TYPE_CHECKING:
+    from gsa.tracking import TrackingConfig
     from gsa.config import TrainConfig
 
 FORMAT = "gsa-checkpoint-1"
@@ -61,6 +62,20 @@ class Checkpoint:
         from gsa.config import TrainConfig, build, read_yaml
 
         return build(TrainConfig, read_yaml(self.folder / "config.yaml"))
+
+    def refuse_other(self, config: "TrainConfig") -> None:
+        """Hold a run that would go on from here to the settings it began with.
+
+        Raises:
+            ConfigError: a setting of the model, the data or the training differs.
+        """
+        from gsa.config import flatten
+
+        held, given = flatten(self.config()), flatten(config)
+        for key, value in given.items():
+            began = held.get(key)
+            if key.split(".")[0] in ("model", "data", "training", "seed") and value != began and value is not None:
+                raise ConfigError(key, value, f"was {began!r} when the run in {self.folder.parent} began; set another name")
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "tokenizer.json")
@@ -159,12 +174,13 @@ def load(checkpoint: Checkpoint) -> GSAForCausalLM:
     return model.eval()
 
 
-def find(source: str | Path) -> Checkpoint:
+def find(source: str | Path, tracking: "TrackingConfig | None" = None, storage: str | Path = "runs") -> Checkpoint:
     """The verified checkpoint that `load_checkpoint` would load."""
     if str(source).startswith("runs:/"):
-        from gsa.tracking import TrackingConfig, connect
+        from gsa.tracking import TrackingConfig, open_store
 
-        source = connect(TrackingConfig(), "runs").download(str(source).removeprefix("runs:/"), "checkpoint")
+        store = open_store(tracking or TrackingConfig(), storage)
+        source = store.download(str(source).removeprefix("runs:/"), "checkpoint")
     folder = Path(source)
     if not (folder / "checkpoint.json").exists() and steps(folder):
         folder = steps(folder)[-1]

@@ -250,12 +250,10 @@ class Trainer:
         self.workers.barrier()
 
     def _resume(self, newest: checkpoint.Checkpoint) -> None:
+        newest.refuse_other(self.config)
         state = newest.state()
         if state["data"] != self.data.fingerprint:
             raise RequestError(f"{newest.folder}: was trained on other text; give the run another name")
-        if state["sequences"] != newest.step * self.config.training.batch_size:
-            held = state["sequences"] // newest.step
-            raise ConfigError("training.batch_size", self.config.training.batch_size, f"was {held} in {newest.folder}")
         newest.load_model(self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         self.spikes.load_state_dict(state["spikes"])

@@ -1,0 +1,210 @@
+"""The command line, `gsa`.
+
+Exit codes: 0 done, 1 a run failed, 2 the request was wrong, 130 interrupted (state saved, resume command printed).
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from gsa.errors import RequestError, RunError
+
+app = typer.Typer(
+    help="Find the best Gated Sparse Attention model for your data and your hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the configuration", metavar="CONFIG", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to replace", metavar="[key=value]...")]
+Storage = Annotated[Path, typer.Option(help="folder of runs, checkpoints and caches")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: SQLite in the storage folder")]
+Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
+
+
+@app.command(epilog="Example: `gsa train configs/train/tiny.yaml training.optimizer.learning_rate=1e-3`")
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train one model. Run again after an interruption, it goes on from its newest checkpoint."""
+    from ray_jobs.train import load_train, run_train
+
+    settings = load_train(config, overrides)
+    command = " ".join(["gsa train", str(config), *(overrides or [])])
+    try:
+        done = run_train(settings, console)
+    except KeyboardInterrupt:
+        _interrupted(command)
+    except RunError as error:
+        _failed(error, f"what was trained is in {settings.storage}/train/{settings.name}; to go on from there: {command}")
+    bits = done.metrics.get("held_out_bits_per_byte", float("nan"))
+    console.print(f"held-out loss {done.metrics['held_out_loss']:.4f} nats per token, {bits:.4f} bits per byte")
+    console.print(f"checkpoints: {done.folder}", markup=False, highlight=False, soft_wrap=True)
+    _next(f"gsa eval {done.run_id}{_storage_option(settings.storage)}", f"gsa ui{_storage_option(settings.storage)}")
+
+
+@app.command(epilog="Example: `gsa sweep configs/sweep/quickstart.yaml num_samples=20`")
+def sweep(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")] = None,
+    storage: Storage = Path("runs"),
+) -> None:
+    """Search. Ends with the leaderboard and the Pareto front."""
+    from ray_jobs.report import show
+    from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
+
+    if (config is None) == (resume is None):
+        raise RequestError("gsa sweep: give either a CONFIG to start, or --resume NAME to continue")
+    if resume is not None:
+        name, folder = resume, str(storage)
+    else:
+        settings = load_sweep(Path(str(config)), overrides)
+        name, folder = settings.name, settings.train.storage
+    try:
+        report = resume_sweep(name, folder, console) if resume is not None else run_sweep(settings, console)
+    except KeyboardInterrupt:
+        _interrupted(f"gsa sweep --resume {name}{_storage_option(folder)}")
+    except RunError as error:
+        _failed(error, f"to see what happened: gsa report {name}{_storage_option(folder)}")
+    show(report, console)
+    _next(f"gsa ui{_storage_option(folder)}", f"gsa report {name} --json{_storage_option(folder)}")
+
+
+@app.command(epilog="Example: `gsa report quickstart --json`")
+def report(
+    sweep: Annotated[str, typer.Argument(help="name of the sweep", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    storage: Storage = Path("runs"),
+    tracking_uri: TrackingUri = None,
+    experiment: Experiment = "gsa",
+) -> None:
+    """Leaderboard and Pareto front of a sweep, running or ended."""
+    from gsa.tracking import TrackingConfig, open_store
+    from ray_jobs.report import read_report, show
+
+    found = read_report(open_store(TrackingConfig(tracking_uri, experiment), storage), sweep)
+    if json:
+        print(found.to_json())
+    else:
+        show(found, console)
+
+
+@app.command(name="eval", epilog="Example: `gsa eval 2f0c…` or `gsa eval runs/train/tiny`")
+def evaluate(
+    run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    storage: Storage = Path("runs"),
+    tracking_uri: TrackingUri = None,
+    experiment: Experiment = "gsa",
+) -> None:
+    """Held-out loss, retrieval and diagnostics by layer of a trained checkpoint."""
+    from gsa.evaluation.report import evaluate_checkpoint
+    from gsa.tracking import TrackingConfig
+
+    found = evaluate_checkpoint(run, TrackingConfig(tracking_uri, experiment), storage)
+    if json:
+        print(found.to_json())
+        return
+    console.print(f"step {found.step}: held-out loss {found.metrics['held_out_loss']:.4f} nats per token, ", end="")
+    console.print(f"{found.metrics['held_out_bits_per_byte']:.4f} bits per byte")
+    table = Table("layer", *found.layer_names, title="attention by layer, held-out text", title_justify="left")
+    for i, row in enumerate(found.layers):
+        table.add_row(str(i), *(f"{row[name]:.4f}" if name in row else "" for name in found.layer_names))
+    console.print(table)
+    table = Table("depth", "accuracy", "loss", "loss without", title="pass-key retrieval", title_justify="left")
+    for r in found.retrieval:
+        table.add_row(f"{r.depth:.2f}", f"{r.accuracy:.2f}", f"{r.loss:.3f}", f"{r.loss_without:.3f}")
+    console.print(table)
+
+
+@app.command(epilog="Example: `gsa ui --port 5001`")
+def ui(
+    storage: Storage = Path("runs"),
+    tracking_uri: TrackingUri = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000,
+) -> None:
+    """Browse runs in the MLflow UI, on localhost only."""
+    from gsa.tracking import TrackingConfig, open_store
+
+    uri = open_store(TrackingConfig(tracking_uri), storage).uri
+    if not uri.startswith("sqlite:"):
+        console.print(f"the MLflow server of this store: {uri}", markup=False)
+        return
+    artifacts = (storage.absolute() / "artifacts").as_uri()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--default-artifact-root", artifacts, "--allowed-hosts", f"localhost:{port},127.0.0.1:{port}"]  # fmt: skip
+    console.print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    sys.exit(subprocess.run(command, check=False).returncode)  # noqa: S603 - our own words, no shell
+
+
+@app.command(epilog="Example: `gsa doctor`")
+def doctor(storage: Storage = Path("runs")) -> None:
+    """What this machine can and cannot do, and why."""
+    from ray_jobs.doctor import examine
+
+    findings = examine(storage)
+    table = Table("", "what", "found", show_header=False)
+    for finding in findings:
+        mark = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "[yellow]no[/]"}[finding.ok]
+        table.add_row(mark, finding.name, finding.detail)
+    console.print(table)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)
+    _next("gsa sweep configs/sweep/quickstart.yaml")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; errors that a user can act on become one line and an exit code."""
+    handler = RichHandler(console=errors, show_path=False, log_time_format="%X")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("gsa").setLevel(logging.INFO)
+    logging.getLogger("ray_jobs").setLevel(logging.INFO)
+    try:
+        app(arguments, standalone_mode=True)
+    except RequestError as error:
+        _print_error(str(error))
+        sys.exit(2)
+    except RunError as error:
+        _print_error(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _print_error(text: str) -> None:
+    errors.print("error:", text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _failed(error: RunError, advice: str) -> NoReturn:
+    _print_error(str(error))
+    errors.print(advice, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _interrupted(command: str) -> NoReturn:
+    errors.print(f"interrupted; everything is saved. To go on: {command}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(130)
+
+
+def _next(*commands: str) -> None:
+    console.print("next: " + "\n      ".join(commands), markup=False, highlight=False, soft_wrap=True)
+
+
+def _storage_option(storage: str) -> str:
+    return "" if os.path.abspath(storage) == os.path.abspath("runs") else f" --storage {storage}"
+
+
+if __name__ == "__main__":
+    main()

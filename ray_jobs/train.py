@@ -1,0 +1,140 @@
+"""One training run through Ray Train.
+
+    python -m ray_jobs.train configs/train/tiny.yaml [key=value …]
+
+Everything of a run is in `STORAGE/train/NAME`; run again, it goes on from its newest checkpoint there.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from gsa.config import TrainConfig, load_config
+from gsa.data.packing import prepare
+from gsa.errors import RequestError, RunError
+from gsa.tracking import Tracking, connect
+from gsa.training import checkpoint
+from gsa.training.loop import has_indexer, make_model
+from gsa.training.stages import Plan
+from ray_jobs.cluster import concurrent_runs, running
+from ray_jobs.worker import Job, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that came to its end."""
+
+    run_id: str
+    folder: Path  # of its checkpoints
+    metrics: dict[str, float]
+
+
+def load_train(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """A training configuration with absolute paths: workers stand in other folders.
+
+    Raises:
+        RequestError: as `gsa.config.load_config`.
+    """
+    config = load_config(path, overrides)
+    config.storage = os.path.abspath(config.storage)
+    config.data.corpus.files = [os.path.abspath(file) for file in config.data.corpus.files]
+    return config
+
+
+def run_train(config: TrainConfig, console: Console) -> Finished:
+    """Train a run to its end, from its newest checkpoint if it has one.
+
+    Raises:
+        RequestError: the request is wrong; nothing was started.
+        RunError: a worker failed; earlier checkpoints are intact.
+        KeyboardInterrupt: it was interrupted; the same call goes on from its last checkpoint.
+    """
+    folder = Path(config.storage) / "train" / config.name
+    asked = dataclasses.asdict(config)
+    total_steps = Plan(
+        config.training.stages, has_indexer(make_model(config, prepare(config.data, Path(config.storage) / "data")))
+    ).total_steps
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        newest.refuse_other(config)
+        console.print(f"continuing from step {newest.step} of {total_steps}", highlight=False)
+    tracking = connect(config.tracking, config.storage)
+    job = Job(asked, str(folder), run_key=f"train/{config.name}", run_name=config.name)
+    with _locked(folder, config.name), running():
+        concurrent_runs(config.workers)
+        run_id = tracking.start_run(job.run_key, job.run_name)
+        try:
+            with _terminable(), _progress(tracking, run_id, total_steps, console):
+                fit(job, [])
+        except KeyboardInterrupt:
+            tracking.finish(run_id, "killed", "interrupted")
+            raise
+        except RunError as error:
+            tracking.finish(run_id, "failed", str(error))
+            raise
+        tracking.finish(run_id, "finished")
+    return Finished(run_id, folder, tracking.metrics(run_id))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RequestError(f"run {name!r} is running already (it holds {folder / '.lock'})") from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A job's stop (SIGTERM) is an interruption like Ctrl-C."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _progress(tracking: Tracking, run_id: str, total_steps: int, console: Console) -> Iterator[None]:
+    """Print what the run logs, as MLflow has it, until the block ends."""
+    done = threading.Event()
+
+    def follow() -> None:
+        shown, last = tracking.last_step(run_id), {}
+        while not done.is_set():
+            done.wait(1)
+            metrics = tracking.metrics(run_id)
+            step = int(metrics.get("step", 0))
+            if step > shown:
+                shown = step
+                named = ("loss", "held_out_loss", "held_out_bits_per_byte", "indexer_kl", "selected_fraction")
+                new = [name for name in named if name in metrics and metrics[name] != last.get(name)]
+                values, last = ", ".join(f"{name} {metrics[name]:.4f}" for name in new), metrics
+                speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in metrics else ""
+                line = f"{time.strftime('%H:%M:%S')} step {step}/{total_steps}: {values}{speed}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import main
+
+    main(["train", *sys.argv[1:]])
