@@ -175,7 +175,7 @@ class GSAForCausalLM(nn.Module):
         results: list[AttentionResult] = []
         largest: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            attention = block.attention.config
+            attention = self.config.attention_of(i)
             reuse = attention.selection.reuse if attention.sparse else 0
             options = {
                 "stage": stage,
@@ -241,6 +241,7 @@ class GSAForCausalLM(nn.Module):
     def update_references(self, uncertainty: Tensor) -> None:
         """Move the controllers' running means by [L, 2] sums and numbers gathered over one optimizer step."""
         for block, (total, count) in zip(self.blocks, uncertainty, strict=True):
+            assert isinstance(block, Block)
             controller = block.attention.controller
             if isinstance(controller, Uncertainty) and count > 0:
                 controller.update_reference(total / count)
@@ -255,9 +256,7 @@ def _replace(config: Any, path: tuple[str, ...], value: Any) -> Any:
 def _by_layer(results: list[AttentionResult]) -> dict[str, Tensor]:
     names = dict.fromkeys(name for result in results for name in result.statistics)
     missing = torch.tensor(math.nan)
-    return {
-        name: torch.stack([r.statistics.get(name, missing).float().cpu() for r in results]) for name in names
-    }
+    return {name: torch.stack([r.statistics.get(name, missing).float().cpu() for r in results]) for name in names}
 
 
 def _stack_uncertainty(results: list[AttentionResult]) -> Tensor | None:

@@ -10,6 +10,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import subprocess
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table that it makes
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -35,6 +35,9 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from gsa.errors import RequestError
 from gsa.settings import setting
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
 
 KEY, STATE, REASON, PARENT = "gsa.key", "gsa.state", "gsa.reason", "mlflow.parentRunId"
 OBJECTIVES = "gsa.objectives"  # of a sweep's run, and of no other

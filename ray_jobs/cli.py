@@ -46,7 +46,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
     except KeyboardInterrupt:
         _interrupted(command)
     except RunError as error:
-        _failed(error, f"what was trained is in {settings.storage}/train/{settings.name}; to go on from there: {command}")
+        _failed(
+            error, f"what was trained is in {settings.storage}/train/{settings.name}; to go on from there: {command}"
+        )
     bits = done.metrics.get("held_out_bits_per_byte", float("nan"))
     console.print(f"held-out loss {done.metrics['held_out_loss']:.4f} nats per token, {bits:.4f} bits per byte")
     console.print(f"checkpoints: {done.folder}", markup=False, highlight=False, soft_wrap=True)
@@ -143,9 +145,10 @@ def ui(
         return
     artifacts = (storage.absolute() / "artifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--default-artifact-root", artifacts, "--allowed-hosts", f"localhost:{port},127.0.0.1:{port}"]  # fmt: skip
+    command += ["--port", str(port), "--default-artifact-root", artifacts]
+    command += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port}"]
     console.print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
-    sys.exit(subprocess.run(command, check=False).returncode)  # noqa: S603 - our own words, no shell
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 @app.command(epilog="Example: `gsa doctor`")
@@ -194,7 +197,9 @@ def _failed(error: RunError, advice: str) -> NoReturn:
 
 
 def _interrupted(command: str) -> NoReturn:
-    errors.print(f"interrupted; everything is saved. To go on: {command}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(
+        f"interrupted; everything is saved. To go on: {command}", markup=False, highlight=False, soft_wrap=True
+    )
     sys.exit(130)
 
 

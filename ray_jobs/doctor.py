@@ -7,8 +7,9 @@ import platform
 import shutil
 from pathlib import Path
 
-import kernels
 import torch
+
+import kernels
 
 OURS = ("torch", "ray", "mlflow", "optuna", "datasets", "tokenizers", "omegaconf")
 
@@ -27,7 +28,9 @@ def examine(storage: Path) -> list[Finding]:
 
 def _python() -> Finding:
     version = platform.python_version_tuple()
-    return Finding("Python", (int(version[0]), int(version[1])) >= (3, 11), f"{platform.python_version()}, needs >= 3.11")
+    return Finding(
+        "Python", (int(version[0]), int(version[1])) >= (3, 11), f"{platform.python_version()}, needs >= 3.11"
+    )
 
 
 def _packages() -> list[Finding]:

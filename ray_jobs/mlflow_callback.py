@@ -28,7 +28,9 @@ class TrialRuns:
             try:
                 self.finish(entry)
             except MlflowException as error:
-                logger.warning("%s: MLflow was not told that it ended; it will be at the end (%s)", entry.trial_id, error)
+                logger.warning(
+                    "%s: MLflow was not told that it ended; it will be at the end (%s)", entry.trial_id, error
+                )
 
     def finish(self, entry: Entry) -> None:
         """Bring a trial's run to the state of its entry; a trial that died before it could make a run gets one."""

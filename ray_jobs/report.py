@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from mlflow.entities import Run
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -76,36 +77,32 @@ def pareto_front(values: dict[str, list[float]], modes: list[str]) -> list[str]:
 def show(report: Report, console: Console) -> None:
     """Print the leaderboard. `*` marks the Pareto front; the floors stand beside each trial's bits per byte."""
     names = [o["metric"] for o in report.objectives]
-    params = list(dict.fromkeys(key for trial in report.trials for key in trial["params"]))
-    short = {key: key.rsplit(".", 1)[-1] for key in params}
-    clash = {s for s in short.values() if list(short.values()).count(s) > 1}
-    table = Table(title=f"sweep {report.sweep}", title_justify="left", pad_edge=False)
+    table = Table(title=f"sweep {report.sweep}", title_justify="left", box=SIMPLE, pad_edge=False)
     for header in ("", "trial", "state", "steps"):
-        table.add_column(header)
-    for name in names:
-        table.add_column(name.removeprefix("held_out_"), justify="right")
-    for floor in report.floors:
-        table.add_column("- " + floor.split("_")[0], justify="right")
-    for key in params:
-        table.add_column(".".join(key.rsplit(".", 2)[-2:]) if short[key] in clash else short[key])
+        table.add_column(header, no_wrap=True)
+    for name in (*names, *(f"vs {floor.split('_')[0]}" for floor in report.floors)):
+        table.add_column(name.removeprefix("held_out_").replace("_", " "), justify="right", min_width=7)
     for trial in report.trials:
         metrics, bits = trial["metrics"], trial["metrics"].get(BITS)
         against = [f"{bits - floor:+.3f}" if bits is not None else "" for floor in report.floors.values()]
         front = "*" if trial["trial_id"] in report.pareto else ""
         steps = f"{metrics['step']:.0f}" if "step" in metrics else ""
         measured = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
-        chosen = [_short(trial["params"].get(key)) for key in params]
-        table.add_row(front, trial["trial_id"], trial["state"], steps, *measured, *against, *chosen)
+        table.add_row(front, trial["trial_id"], trial["state"], steps, *measured, *against)
     console.print(table)
+    for trial in report.trials:
+        console.print(f"{trial['trial_id']}  {_settings(trial['params'])}", markup=False, highlight=False)
+    console.print()
     for floor, value in report.floors.items():
-        console.print(f"  {floor.split('_')[0]} model on the same held-out text: {value:.4f} bits per byte")
+        console.print(f"{floor.split('_')[0]} model on the same held-out text: {value:.4f} bits per byte")
     for trial in report.trials:
         if trial["reason"]:
-            console.print(f"  {trial['trial_id']} {trial['state']}: {trial['reason']}", markup=False)
-    console.print("Pareto front (*): " + (", ".join(report.pareto) or "empty: no trial came to its end"))
+            console.print(f"{trial['trial_id']} {trial['state']}: {trial['reason']}", markup=False, soft_wrap=True)
+    console.print("\nPareto front (*): " + (", ".join(report.pareto) or "empty: no trial came to its end"))
     if report.best is not None:
         best = next(trial for trial in report.trials if trial["trial_id"] == report.best)
-        console.print(f"best by {names[0]}: {report.best} = {best['metrics'][names[0]]:.4f}, {best['checkpoint']}")
+        aim = f"{names[0]} {best['metrics'][names[0]]:.4f}"
+        console.print(f"best: {report.best}, {aim}, {best['checkpoint']}", soft_wrap=True)
 
 
 def _trial(run: Run, state: str) -> dict[str, Any]:
@@ -121,7 +118,12 @@ def _trial(run: Run, state: str) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
-    if value is None:
-        return "·"
-    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value).strip('"').replace('"', "")
+def _settings(params: dict[str, Any]) -> str:
+    """Parameters in few words: the last part of each key, with the part before it where that is needed."""
+    last = [key.rsplit(".", 1)[-1] for key in params]
+    words = []
+    for key, value in params.items():
+        short = ".".join(key.rsplit(".", 2)[-2:]) if last.count(key.rsplit(".", 1)[-1]) > 1 else key.rsplit(".", 1)[-1]
+        text = f"{value:.3g}" if isinstance(value, float) else json.dumps(value).replace('"', "").replace(" ", "")
+        words.append(f"{short}={text}")
+    return " ".join(words)

@@ -25,7 +25,7 @@ class SchedulerConfig:
     reduction_factor: int = setting(3, "one in this many trials goes on at each rung (asha)", ge=2)
 
 
-class Halving(AsyncHyperBandScheduler):  # type: ignore[misc]
+class Halving(AsyncHyperBandScheduler):
     """ASHA that knows trials by our names for them, and leaves baselines alone."""
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:

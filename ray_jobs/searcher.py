@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import warnings
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
@@ -96,7 +98,7 @@ class OptunaSearcher(Searcher):
         searched = [entry for entry in self.record.trials() if not entry.baseline]
         return len(self._waiting) + max(0, self.num_samples - len(searched))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
         """The next trial to run; invalid proposals are told to Optuna as failed, at no cost.
 
         Raises:
@@ -136,6 +138,9 @@ class OptunaSearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         raise RunError("a sweep is continued from its record, not from Tune's own state")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles whatever refers to it into a state that nobody restores
+
     def _propose(self) -> Entry:
         for _ in range(REJECTIONS):
             number = sum(not entry.baseline for entry in self.record.entries.values())
@@ -173,6 +178,7 @@ class OptunaSearcher(Searcher):
     def _rebuild(self) -> optuna.Study:
         """The Optuna study that the record stands for."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)  # `group`, which conditional spaces need
         study = optuna.create_study(directions=["minimize" if o.mode == "min" else "maximize" for o in self.objectives])
         by_key = {dimension.key: dimension for dimension in self.space.dimensions}
         for entry in self.record.entries.values():

@@ -23,8 +23,6 @@ from gsa.errors import ConfigError, RequestError
 from gsa.settings import check_value, nearest
 from ray_jobs.record import Params
 
-
-
 FIELDS = {
     "float": {"low", "high", "log", "step"},
     "int": {"low", "high", "log", "step"},
@@ -136,9 +134,7 @@ class Space:
             values = {name: v if name == "log" else convert(v) for name, v in values.items()}
         targets = expand(TrainConfig, self.base, key)
         groups = [(t, (t,)) for t in targets] if "[*]" in key else [(key, tuple(targets))]
-        return [
-            Dimension(name, group, given["type"], **values, choices=choices, when=when) for name, group in groups
-        ]
+        return [Dimension(name, group, given["type"], **values, choices=choices, when=when) for name, group in groups]
 
     def _check_values(self, key: str, given: dict[str, Any], field: "dataclasses.Field[Any]") -> None:
         if given["type"] == "categorical":

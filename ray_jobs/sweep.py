@@ -20,7 +20,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from ray import tune
-from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from rich.console import Console
 
 from gsa.config import TrainConfig, build, check_name, flatten, read_yaml, to_yaml
@@ -164,30 +163,28 @@ class Sweep:
         resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
         if workers.num_workers > 1:
             resources = {"CPU": 0, "GPU": 0}  # its workers ask for theirs; `concurrent` keeps room for them
-        tuner = Tuner(
-            tune.with_resources(make_trainable(context), resources),
-            tune_config=TuneConfig(
+        total = config.num_samples + config.dense_baseline
+        progress = SweepProgress(record, config.objectives, total, total_steps, self.console)
+        with progress.shown(), _signals(searcher):
+            # not `Tuner`, which would pickle the searcher: the record is the only memory of a sweep
+            tune.run(
+                make_trainable(context),
+                name="tune",
+                storage_path=str(self.folder),
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=searcher.remaining,
                 max_concurrent_trials=concurrent,
+                resources_per_trial=resources,
                 # a trial that trains with workers of its own must end with its process: they end with it
                 reuse_actors=workers.num_workers == 1,
+                max_failures=config.max_failures,
+                raise_on_failed_trial=False,
+                stop=_Interrupt(searcher),
                 trial_name_creator=_own_name,
                 trial_dirname_creator=_own_name,
-            ),
-            run_config=RunConfig(
-                name="tune",
-                storage_path=str(self.folder),
-                failure_config=FailureConfig(max_failures=config.max_failures),
-                stop=_Interrupt(searcher),
                 verbose=0,
-            ),
-        )
-        total = config.num_samples + config.dense_baseline
-        progress = SweepProgress(record, config.objectives, total, total_steps, self.console)
-        with progress.shown(), _signals(searcher):
-            tuner.fit()
+            )
         return searcher.interrupted
 
     def _total_steps(self, data: Prepared) -> int:
@@ -207,7 +204,9 @@ class Sweep:
             with FileLock(self.folder / "lock", timeout=0):
                 yield
         except Timeout:
-            raise RequestError(f"sweep {self.config.name!r} is running already (it holds {self.folder / 'lock'})") from None
+            raise RequestError(
+                f"sweep {self.config.name!r} is running already (it holds {self.folder / 'lock'})"
+            ) from None
 
     def _save(self) -> None:
         unfinished = self.folder / ".sweep.yaml"
@@ -232,7 +231,9 @@ class Sweep:
         if not any(entry.state == COMPLETE and not entry.baseline for entry in record.trials()):
             reasons = [entry.reason for entry in record.trials() if entry.reason]
             tracking.finish(parent, "failed", "no trial came to its end")
-            raise RunError(f"no trial came to its end; the last failed because: {reasons[-1] if reasons else 'unknown'}")
+            raise RunError(
+                f"no trial came to its end; the last failed because: {reasons[-1] if reasons else 'unknown'}"
+            )
         report = read_report(tracking, self.config.name)
         best = next(trial for trial in report.trials if trial["trial_id"] == report.best)
         tracking.log(parent, 1, {f"best_{o['metric']}": best["metrics"][o["metric"]] for o in report.objectives})
@@ -241,7 +242,7 @@ class Sweep:
         return report
 
 
-class _Interrupt(tune.Stopper):  # type: ignore[misc]
+class _Interrupt(tune.Stopper):
     """Ends the experiment once the searcher knows that it was interrupted."""
 
     def __init__(self, searcher: OptunaSearcher) -> None:

@@ -111,7 +111,8 @@ def _progress(tracking: Tracking, run_id: str, total_steps: int, console: Consol
     done = threading.Event()
 
     def follow() -> None:
-        shown, last = tracking.last_step(run_id), {}
+        shown = tracking.last_step(run_id)
+        last: dict[str, float] = {}
         while not done.is_set():
             done.wait(1)
             metrics = tracking.metrics(run_id)

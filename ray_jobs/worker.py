@@ -12,7 +12,7 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from gsa.config import TrainConfig, build, flatten, to_yaml
@@ -41,7 +41,7 @@ class Job:
         return build(TrainConfig, dict(self.config))
 
 
-def fit(job: Job, callbacks: list[UserCallback]) -> None:
+def fit(job: Job, callbacks: list[Any]) -> None:
     """Train a run with a Ray Train `TorchTrainer` of any number of workers.
 
     Raises:

@@ -181,7 +181,7 @@ class GatedSparseAttention(nn.Module):
             num_queries = num_queries + sees_any.sum()
             if keep_selection and sparse:
                 selections.append(selected)
-            if indexer_loss and seen is not None and stage != "dense" and index_queries is not None:
+            if indexer_loss and stage != "dense" and seen and index_queries is not None and index_keys is not None:
                 target = _mean_attention(chunk_q, keys, selected)
                 losses.append(self._indexer_loss(index_queries.rows(rows), index_keys, seen, target, selected))
             if seen is not None and self.training:
@@ -211,6 +211,7 @@ class GatedSparseAttention(nn.Module):
     def _gate(self, place: str, hidden: Tensor, x: Tensor, means: dict[str, Tensor]) -> Tensor:
         if place not in self.gates:
             return x
+        gated: Tensor
         gated, means[place] = self.gates[place](hidden, x)
         return gated
 
@@ -219,7 +220,8 @@ class GatedSparseAttention(nn.Module):
         self, index_queries: IndexerQueries, index_keys: Tensor, queries: Queries, blocks: Blocks | None, hidden: Tensor
     ) -> Seen:
         """Score the keys: every visible one, or with `coarse` the candidates among them."""
-        assert self.indexer is not None and self.controller is not None
+        assert self.indexer is not None
+        assert self.controller is not None
         count = index_keys.shape[1]
         visible, forced = queries.visible(count), queries.forced(self.config.selection, count)
         available = visible.sum(-1)
@@ -241,7 +243,8 @@ class GatedSparseAttention(nn.Module):
         self, index_queries: IndexerQueries, index_keys: Tensor, seen: Seen, target: Tensor, support: Tensor
     ) -> Tensor:
         """Σ over the chunk's queries of KL(target ‖ softmax(τ·I)) on the support, and the controller's loss."""
-        assert self.indexer is not None and self.controller is not None
+        assert self.indexer is not None
+        assert self.controller is not None
         indexer = self.indexer
 
         def divergence(q: Tensor, weight: Tensor | None, keys: Tensor) -> Tensor:

@@ -157,11 +157,13 @@ class Learned(Controller):
         mass = logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
         needed = 1 + (mass < self.config.target_mass).sum(-1)
         target = needed.clamp(self.config.k_min, self.config.k_max).to(logits.dtype).log()
-        return (self._log_k(seen.hidden) - target).square() * (seen.available > 0)
+        loss: Tensor = (self._log_k(seen.hidden) - target).square() * (seen.available > 0)
+        return loss
 
     def _log_k(self, hidden: Tensor) -> Tensor:
         low, high = math.log(self.config.k_min), math.log(self.config.k_max)
-        return low + (high - low) * self.head(hidden.detach()).squeeze(-1).sigmoid()
+        position: Tensor = self.head(hidden.detach()).squeeze(-1).sigmoid()
+        return low + (high - low) * position
 
 
 KINDS: dict[str, type[Controller]] = {

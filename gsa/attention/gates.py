@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from gsa.settings import setting
 
 PLACES = ("G1", "G2", "G3", "G4", "G5")
 GRANULARITIES = ("element", "head")
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": lambda x: x}
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+
 import torch
 from torch import Tensor, nn
 
@@ -72,10 +73,7 @@ class Indexer(nn.Module):
         with torch.autocast(keys.device.type, enabled=False):
             products = torch.einsum("bcjd,bsd->bcjs", queries.q.to(precise), keys.to(precise))
             products = products / math.sqrt(self.config.head_dim)
-            if self.bias is None:
-                each = products.relu()
-            else:
-                each = (products + self.bias.to(precise)[:, None]).sigmoid()
+            each = products.relu() if self.bias is None else (products + self.bias.to(precise)[:, None]).sigmoid()
             if queries.weight is None:
                 return each.sum(2)
             return torch.einsum("bcjs,bcj->bcs", each, queries.weight.to(precise))

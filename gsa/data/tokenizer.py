@@ -67,7 +67,7 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"{path}: is not a tokenizer ({error})") from error
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for what it cannot parse
+        except Exception as error:
             raise RequestError(f"{path}: is not a tokenizer ({error})") from error
 
     def save(self, path: Path) -> None:
@@ -80,7 +80,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """How many bytes of text each token stands for, [V]; the start token for none."""
-        pieces = (self.inner.id_to_token(i) for i in range(self.vocab_size))
+        pieces = (str(self.inner.id_to_token(i)) for i in range(self.vocab_size))  # a character a byte
         return np.array([0 if i == self.start else len(piece) for i, piece in enumerate(pieces)], dtype=np.int64)
 
     def encode(self, text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 - `model.safetensors`, `state.pt` (optimizer and loop; tensors and plain values only), `config.yaml`,
   `tokenizer.json`, and `checkpoint.json`, which lists the others with their SHA-256.
-- Written beside their place, flushed to disk, then renamed: a crash or a full disk leaves the earlier ones as they were.
+- Written beside their place, flushed to disk, then renamed: a crash or a full disk leaves the earlier ones intact.
 - Nothing that is loaded can run code: safetensors, and `torch.load(weights_only=True)`.
 """
 
@@ -23,8 +23,8 @@ from gsa.errors import ConfigError, RequestError, RunError
 from gsa.model import GSAForCausalLM
 
 if TYPE_CHECKING:
-    from gsa.tracking import TrackingConfig
     from gsa.config import TrainConfig
+    from gsa.tracking import TrackingConfig
 
 FORMAT = "gsa-checkpoint-1"
 PREFIX = "step-"
@@ -75,7 +75,9 @@ class Checkpoint:
         for key, value in given.items():
             began = held.get(key)
             if key.split(".")[0] in ("model", "data", "training", "seed") and value != began and value is not None:
-                raise ConfigError(key, value, f"was {began!r} when the run in {self.folder.parent} began; set another name")
+                raise ConfigError(
+                    key, value, f"was {began!r} when the run in {self.folder.parent} began; set another name"
+                )
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "tokenizer.json")

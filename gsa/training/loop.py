@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gsa.attention.attention import Stage
 from gsa.data.packing import Prepared, Shuffled
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.loss import evaluate
@@ -131,7 +132,7 @@ class Trainer:
         if self.metrics:
             # the checkpoint was written, but whoever wrote it may have died before it could log
             log(self.step, self.metrics)
-        stage = None
+        stage: Stage | None = None
         seconds, tokens = 0.0, 0
         self.model.train()
         while self.step < self.plan.total_steps:

@@ -29,5 +29,6 @@ class SpikeCounter:
 
     def load_state_dict(self, state: dict[str, int | list[float]]) -> None:
         count, recent = state["count"], state["recent"]
-        assert isinstance(count, int) and isinstance(recent, list)
+        assert isinstance(count, int)
+        assert isinstance(recent, list)
         self.count, self.recent = count, deque(recent, maxlen=self.WINDOW)

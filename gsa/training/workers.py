@@ -60,4 +60,3 @@ class Workers:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
-

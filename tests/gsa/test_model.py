@@ -1,4 +1,4 @@
-"""The whole model: what the layers promise holds through it, and it is built, trained, decoded and refused as it says."""
+"""The whole model: what the layers promise holds through it; how it is built, trained, decoded and refused."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from gsa.attention.cache import Cache
 from gsa.attention.controller import ControllerConfig, Uncertainty
 from gsa.attention.selection import SelectionConfig
 from gsa.errors import ConfigError, RequestError
-from gsa.model import GSAForCausalLM, LayerConfig, ModelConfig
+from gsa.model import Block, GSAForCausalLM, LayerConfig, ModelConfig
 from gsa.sampling import sample
 from gsa.settings import check
 from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
@@ -133,7 +133,8 @@ def test_each_loss_reaches_its_own_parameters_and_no_others(draw: Draw, stage: S
 def test_activation_checkpointing_changes_no_result_and_no_gradient(draw: Draw, stage: Stage) -> None:
     for controller in CONTROLLERS:
         model = draw.model(controller=controller)
-        tokens, found = tokens_for(draw, 2, 13), []
+        tokens = tokens_for(draw, 2, 13)
+        found: list[tuple[Any, ...]] = []
         for checkpointed in (False, True):
             model.zero_grad()
             result = model.run(tokens, stage=stage, indexer_loss=True, checkpoint_activations=checkpointed)
@@ -156,6 +157,7 @@ def test_forward_moves_no_buffer_and_update_references_moves_those_of_training(d
     assert uncertainty is not None
     model.update_references(uncertainty)
     for block, (total, count) in zip(model.blocks, uncertainty, strict=True):
+        assert isinstance(block, Block)
         controller = block.attention.controller
         assert isinstance(controller, Uncertainty) == bool(count > 0)
         if isinstance(controller, Uncertainty):

@@ -93,7 +93,7 @@ class Draw:
         return layer
 
     def model(self, dtype: torch.dtype = torch.float64, **common: Any) -> GSAForCausalLM:
-        """Four layers: one of random settings; one that reuses it; one that shares windows; one dense or with its own k."""
+        """Four layers: of random settings; that reuses the first; that shares windows; dense or with its own k."""
         common = {"share": 1} | common
         attention = self.config(**common)
         attention.indexer.rope = (

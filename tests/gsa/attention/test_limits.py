@@ -1,6 +1,7 @@
 """The arms of one module, and the inputs at its limits."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_equal_tokens_give_equal_scores_and_no_nan(draw: Draw, controller: str, 
         ({"query_chunk": 0}, "attention.query_chunk"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_name(changes: dict[str, object], key: str) -> None:
+def test_a_wrong_setting_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         check(AttentionConfig(**changes), "attention")
     assert refused.value.key == key

@@ -1,0 +1,36 @@
+# `make sweep` and `make test` set up .venv by themselves and can be run again.
+PYTHON ?= python3
+NAME ?= quickstart
+BIN := .venv/bin
+
+.PHONY: sweep test lint ui clean
+
+# A finished sweep is shown, an interrupted one continued, otherwise it starts. NAME=... starts another.
+sweep: .venv/installed
+	@if [ -f runs/sweeps/$(NAME)/sweep.yaml ]; then \
+		$(BIN)/gsa sweep --resume $(NAME); \
+	else \
+		$(BIN)/gsa sweep configs/sweep/quickstart.yaml name=$(NAME); \
+	fi
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+ui: .venv/installed
+	$(BIN)/gsa ui
+
+clean:
+	rm -rf .venv
+
+# Installed when pyproject.toml or the constraints change; a .venv that was left half made is made anew.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch .venv/installed
