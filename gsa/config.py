@@ -173,7 +173,8 @@ def field_of(schema: Schema, key: str) -> "dataclasses.Field[Any]":
     for part in (p for p in _parts(re.sub(r"\[[^\]]*\]", "", key)) if isinstance(p, str)):
         known = {f.name: f for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else {}
         if part not in known:
-            raise _unknown(join(walked, part), part, schema, list(known))
+            owner = typing.cast(Schema, current) if known else schema
+            raise _unknown(join(walked, part), part, owner, list(known))
         field, walked = known[part], join(walked, part)
         current = element_type(typing.get_type_hints(current)[part])
     if field is None:
@@ -231,15 +232,22 @@ def _check_keys(schema: Schema, data: Any, prefix: str) -> None:
         return
     hints = typing.get_type_hints(schema)
     for key, value in data.items():
+        full_key = join(prefix, str(key))
         if key not in hints:
-            raise _unknown(join(prefix, str(key)), str(key), schema, list(hints))
-        inner = element_type(hints[key])
+            raise _unknown(full_key, str(key), schema, list(hints))
+        inner, several = element_type(hints[key]), typing.get_origin(hints[key]) is list
+        if several and not isinstance(value, list):
+            raise ConfigError(full_key, value, "must be a list")
         if dataclasses.is_dataclass(inner):
-            _check_keys(typing.cast(Schema, inner), value, join(prefix, str(key)))
+            for i, item in enumerate(value if several else [value]):
+                if not isinstance(item, dict) and (item is not None or hints[key] == inner or several):
+                    shown = f"{full_key}[{i}]" if several else full_key
+                    raise ConfigError(shown, item, "must be a mapping of settings")
+            _check_keys(typing.cast(Schema, inner), value, full_key)
 
 
 def _unknown(full_key: str, word: str, schema: Schema, known: list[str]) -> RequestError:
-    hint = nearest(word, known) or nearest(full_key, all_keys(schema))
+    hint = nearest(word, known) or nearest(full_key, all_keys(schema, full_key.removesuffix(word).rstrip(".")))
     listed = f"; known here: {', '.join(known)}" if known and not hint else ""
     return RequestError(f"{full_key}: no such setting{hint}{listed}")
 

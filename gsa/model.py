@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from gsa.attention.attention import AttentionConfig, AttentionResult, GatedSparseAttention, Stage
 from gsa.attention.cache import Cache
 from gsa.attention.controller import Uncertainty
+from gsa.attention.statistics import Sums
 from gsa.errors import ConfigError, RequestError
 from gsa.sampling import sample
 from gsa.settings import check, join, setting
@@ -94,7 +95,8 @@ class ModelOutput:
     logits: Tensor  # [B, T, V]
     indexer_loss: Tensor | None  # mean over the layers that have one
     uncertainty: Tensor | None  # [L, 2] sums and numbers of the controllers' statistics; zeros where there is none
-    statistics: dict[str, Tensor]  # [L] by name, NaN where a layer lacks it; `max_activation` too
+    statistics: Sums  # [L] each, NaN where a layer lacks it; only when measured
+    max_activation: Tensor | None  # [L], largest of the residual stream after each block; only when measured
 
 
 class Block(nn.Module):
@@ -193,14 +195,12 @@ class GSAForCausalLM(nn.Module):
             if measure and hidden.numel():
                 largest.append(hidden.detach().abs().amax().float().cpu())
         losses = [r.indexer_loss for r in results if r.indexer_loss is not None]
-        statistics = _by_layer(results)
-        if largest:
-            statistics["max_activation"] = torch.stack(largest)
         return ModelOutput(
             logits=self.head(self.norm(hidden)),
             indexer_loss=torch.stack(losses).mean() if losses else None,
             uncertainty=_stack_uncertainty(results),
-            statistics=statistics,
+            statistics=_by_layer(results),
+            max_activation=torch.stack(largest) if largest else None,
         )
 
     @torch.no_grad()
@@ -253,10 +253,10 @@ def _replace(config: Any, path: tuple[str, ...], value: Any) -> Any:
     return dataclasses.replace(config, **{path[0]: value})
 
 
-def _by_layer(results: list[AttentionResult]) -> dict[str, Tensor]:
+def _by_layer(results: list[AttentionResult]) -> Sums:
     names = dict.fromkeys(name for result in results for name in result.statistics)
     missing = torch.tensor(math.nan)
-    return {name: torch.stack([r.statistics.get(name, missing).float().cpu() for r in results]) for name in names}
+    return {name: torch.stack([r.statistics.get(name, missing).double().cpu() for r in results]) for name in names}
 
 
 def _stack_uncertainty(results: list[AttentionResult]) -> Tensor | None:

@@ -7,7 +7,6 @@
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
@@ -21,6 +20,7 @@ from gsa.attention.gates import PLACES, Gate, GateConfig
 from gsa.attention.indexer import Indexer, IndexerConfig, IndexerQueries
 from gsa.attention.rope import rope
 from gsa.attention.selection import Blocks, Queries, SelectionConfig, share_windows, top_k
+from gsa.attention.statistics import Sums, add, mean_attention, selection_sums
 from gsa.errors import ConfigError, RequestError
 from gsa.settings import setting
 
@@ -59,7 +59,7 @@ class AttentionResult:
     selection: Tensor | None  # [B, T, S] bool, kept only where a layer above reuses it
     indexer_loss: Tensor | None  # KL per query in nats, a mean; with the learned controller's own loss
     uncertainty: Tensor | None  # [2]: sum and number of the controller's statistic, for its running mean
-    statistics: dict[str, Tensor]  # scalars, only when measured
+    statistics: Sums  # only when measured
 
 
 class GatedSparseAttention(nn.Module):
@@ -120,7 +120,7 @@ class GatedSparseAttention(nn.Module):
             lower: [B, T, S] bool, the selection of the layer that `selection.reuse` names.
             keep_selection: return the selection.
             indexer_loss: return the indexer's loss, where the stage trains one.
-            measure: return statistics.
+            measure: return the sums of `gsa.attention.statistics`.
         """
         config = self.config
         batch, length, _ = hidden.shape
@@ -156,7 +156,7 @@ class GatedSparseAttention(nn.Module):
             blocks = Blocks.pool(index_keys.detach(), starts, config.selection.coarse.block) if length else None
         outputs, selections, losses, uncertainties = [], [], [], []
         num_queries = torch.zeros((), dtype=torch.long, device=hidden.device)  # those that see any key
-        sums: dict[str, Tensor] = {}
+        sums: Sums = {}
         for first in range(0, length, config.query_chunk):
             rows = slice(first, min(first + config.query_chunk, length))
             queries = Queries(positions[rows], starts[:, past:][:, rows])
@@ -182,13 +182,12 @@ class GatedSparseAttention(nn.Module):
             if keep_selection and sparse:
                 selections.append(selected)
             if indexer_loss and stage != "dense" and seen and index_queries is not None and index_keys is not None:
-                target = _mean_attention(chunk_q, keys, selected)
+                target = mean_attention(chunk_q, keys, selected)
                 losses.append(self._indexer_loss(index_queries.rows(rows), index_keys, seen, target, selected))
             if seen is not None and self.training:
                 uncertainties.append(self._uncertainty(seen))
             if measure:
-                for name, value in _statistics(chunk_q, keys, queries, visible, selected).items():
-                    sums[name] = sums.get(name, 0) + value
+                add(sums, selection_sums(chunk_q, keys, queries, visible, selected))
         if cache is not None:
             cache.leader = leader
 
@@ -198,14 +197,16 @@ class GatedSparseAttention(nn.Module):
         if "G5" in self.gates:
             gate = self.gates["G5"]
             output = self._gate("G5", hidden, output.unflatten(-1, (gate.heads, -1)), gate_means).flatten(2)
-        statistics = _means(sums) | {f"gate_{p}": mean for p, mean in gate_means.items()} if measure else {}
+        if measure:
+            add(sums, {f"gate_{place}": mean * batch * length for place, mean in gate_means.items()})
+            sums["tokens"] = torch.tensor(batch * length)
         known = [u for u in uncertainties if u is not None]
         return AttentionResult(
             output=output,
             selection=torch.cat(selections, 1) if selections else None,
             indexer_loss=torch.stack(losses).sum() / num_queries.clamp_min(1) if losses else None,
             uncertainty=torch.stack(known).sum(0) if known else None,
-            statistics=statistics,
+            statistics=sums,
         )
 
     def _gate(self, place: str, hidden: Tensor, x: Tensor, means: dict[str, Tensor]) -> Tensor:
@@ -267,45 +268,3 @@ class GatedSparseAttention(nn.Module):
         if statistic is None:
             return None
         return torch.stack((statistic.sum(), seen.available.count_nonzero().to(statistic)))
-
-
-@torch.no_grad()
-def _mean_attention(q: Tensor, keys: Tensor, support: Tensor) -> Tensor:
-    """Softmax of q·k/√d over the support, averaged over heads: [B, C, S] from q [B, H, C, d] and keys [B, H, S, d]."""
-    return _probabilities(q, keys, support).mean(1)
-
-
-def _probabilities(q: Tensor, keys: Tensor, support: Tensor) -> Tensor:
-    precise = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        logits = q.to(precise) @ keys.to(precise).transpose(2, 3) / math.sqrt(q.shape[-1])
-        # a finite filling: a query that sees nothing has no attention, not NaN
-        return logits.masked_fill(~support[:, None], torch.finfo(precise).min).softmax(-1) * support[:, None]
-
-
-@torch.no_grad()
-def _statistics(q: Tensor, keys: Tensor, queries: Queries, visible: Tensor, selected: Tensor) -> dict[str, Tensor]:
-    """Sums over the chunk; `_means` turns the sums of all chunks into means."""
-    dense = _mean_attention(q, keys, visible)
-    used = _mean_attention(q, keys, selected)
-    to_first = used.gather(2, queries.starts[..., None]).squeeze(2)
-    later = queries.positions > queries.starts  # the first token has only itself to attend to
-    return {
-        "queries": torch.tensor(float(later.numel()), device=q.device),
-        "later_queries": later.sum(),
-        "visible": visible.sum(),
-        "selected": selected.sum(),
-        "mass_kept": (dense * selected).sum(),
-        "first_token_mass": (to_first * later).sum(),
-    }
-
-
-def _means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not sums:
-        return {}
-    return {
-        "k_mean": sums["selected"] / sums["queries"],
-        "selected_fraction": sums["selected"] / sums["visible"],
-        "mass_kept": sums["mass_kept"] / sums["queries"],
-        "first_token_mass": sums["first_token_mass"] / sums["later_queries"].clamp_min(1),
-    }

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from gsa.attention.attention import Stage
+from gsa.attention.statistics import Sums, add, means
 from gsa.data.packing import Prepared
 from gsa.model import GSAForCausalLM
 from gsa.settings import setting
@@ -36,20 +37,19 @@ def evaluate(
     model.eval()
     chosen = held_out_sequences(data, config)
     total = torch.zeros(3, dtype=torch.double)  # nats, tokens, bytes
-    by_layer: dict[str, torch.Tensor] = {}
+    sums: Sums = {}
     largest = torch.zeros(model.config.num_layers)
     bytes_of = torch.from_numpy(np.asarray(data.tokenizer.token_bytes)).long()
     mine = chosen[workers.rank :: workers.world]
     for first in range(0, len(mine), config.batch_size):
         batch = data.held_out.batch(mine[first : first + config.batch_size])
-        count = batch.tokens.shape[0]
         on_device = batch.to(workers.device)
         output = model.run(on_device.tokens, starts=on_device.starts, stage=stage, measure=True)
         nats = cross_entropy(output.logits, on_device.targets).double().cpu() * batch.targets.numel()
         total += torch.stack((nats, torch.tensor(batch.targets.numel()), bytes_of[batch.targets].sum()))
-        largest = torch.maximum(largest, output.statistics.pop("max_activation"))
-        for name, values in output.statistics.items():
-            by_layer[name] = by_layer.get(name, 0) + values.double() * count
+        assert output.max_activation is not None
+        largest = torch.maximum(largest, output.max_activation)
+        add(sums, output.statistics)
     nats, tokens, text_bytes = workers.sum(total).tolist()
     model.train(model_was_training)
     metrics = {
@@ -57,10 +57,9 @@ def evaluate(
         "held_out_bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
     }
     metrics["held_out_max_activation"] = float(workers.largest(largest).max())
-    for name, values in sorted(by_layer.items()):
-        means = workers.sum(values) / len(chosen)
-        metrics[f"held_out_{name}"] = float(means.nanmean())
-        metrics |= {f"layer_{i}/{name}": v for i, v in enumerate(means.tolist()) if not math.isnan(v)}
+    for name, values in means({name: workers.sum(total) for name, total in sorted(sums.items())}).items():
+        metrics[f"held_out_{name}"] = float(values.nanmean())
+        metrics |= {f"layer_{i}/{name}": v for i, v in enumerate(values.tolist()) if not math.isnan(v)}
     return metrics
 
 

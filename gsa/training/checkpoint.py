@@ -9,6 +9,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "gsa-checkpoint-1"
 PREFIX = "step-"
+FILES = {"model.safetensors", "state.pt", "config.yaml", "tokenizer.json"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Checkpoint:
             index = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RequestError(f"{folder}: is not a checkpoint of this project (checkpoint.json: {error})") from error
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
+        if not _is_index(index):
             raise RequestError(f"{folder}: checkpoint.json is not of the format {FORMAT}")
         for name, digest in index["sha256"].items():
             if not (folder / name).is_file():
@@ -95,7 +97,16 @@ class Checkpoint:
             raise RequestError(f"{self.folder}: the weights do not fit the model: {detail}") from error
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        """What the optimizer and the loop had; tensors and plain values.
+
+        Raises:
+            RequestError: the file holds something else.
+        """
+        path = self.folder / "state.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise RequestError(f"{path}: holds more than tensors and plain values, or is no such file") from error
         return state
 
 
@@ -187,6 +198,17 @@ def find(source: str | Path, tracking: "TrackingConfig | None" = None, storage: 
     if not (folder / "checkpoint.json").exists() and steps(folder):
         folder = steps(folder)[-1]
     return Checkpoint.open(folder)
+
+
+def _is_index(index: Any) -> bool:
+    return (
+        isinstance(index, dict)
+        and index.get("format") == FORMAT
+        and isinstance(index.get("step"), int)
+        and isinstance(index.get("metrics"), dict)
+        and isinstance(index.get("sha256"), dict)
+        and set(index["sha256"]) == FILES
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gsa.attention.attention import Stage
+from gsa.attention.statistics import Sums, add, means
 from gsa.data.packing import Prepared, Shuffled
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.loss import evaluate
@@ -205,12 +206,14 @@ class Trainer:
         indexer = [r.indexer.detach() for r in results if r.indexer is not None]
         if indexer:
             metrics["indexer_kl"] = _mean(indexer)
-        for name in results[0].statistics if measure else ():
-            if name != "max_activation":
-                metrics[name] = float(torch.stack([r.statistics[name] for r in results]).double().nanmean())
         metrics = self.workers.mean(metrics)
         if measure:
-            largest = torch.stack([r.statistics["max_activation"] for r in results])
+            sums: Sums = {}
+            for result in results:
+                add(sums, result.statistics)
+            by_layer = means({name: self.workers.sum(total) for name, total in sums.items()})
+            metrics |= {name: float(values.nanmean()) for name, values in by_layer.items()}
+            largest = torch.stack([r.max_activation.amax() for r in results if r.max_activation is not None])
             metrics["max_activation"] = float(self.workers.largest(largest.amax()))
         uncertainty = [r.uncertainty for r in results if r.uncertainty is not None]
         if uncertainty:

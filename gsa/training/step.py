@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsa.attention.attention import Stage
+from gsa.attention.statistics import Sums
 from gsa.data.packing import Batch
 from gsa.model import GSAForCausalLM
 
@@ -16,7 +17,8 @@ class Losses(NamedTuple):
     language: Tensor  # mean cross entropy, nats per token
     indexer: Tensor | None  # mean KL over layers and queries, nats
     uncertainty: Tensor | None  # [L, 2], see ModelOutput
-    statistics: dict[str, Tensor]  # [L] each
+    statistics: Sums  # [L] each, see gsa.attention.statistics
+    max_activation: Tensor | None  # [L]
 
 
 class TrainingStep(nn.Module):
@@ -43,7 +45,14 @@ class TrainingStep(nn.Module):
         total = language if self.stage != "warmup" else torch.zeros_like(language)
         if output.indexer_loss is not None:
             total = total + output.indexer_loss
-        return Losses(total, language.detach(), output.indexer_loss, output.uncertainty, output.statistics)
+        return Losses(
+            total,
+            language.detach(),
+            output.indexer_loss,
+            output.uncertainty,
+            output.statistics,
+            output.max_activation,
+        )
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

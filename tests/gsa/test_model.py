@@ -12,16 +12,12 @@ from gsa.attention.attention import AttentionConfig, Stage
 from gsa.attention.cache import Cache
 from gsa.attention.controller import ControllerConfig, Uncertainty
 from gsa.attention.selection import SelectionConfig
+from gsa.attention.statistics import means
 from gsa.errors import ConfigError, RequestError
 from gsa.model import Block, GSAForCausalLM, LayerConfig, ModelConfig
 from gsa.sampling import sample
 from gsa.settings import check
-from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
-
-
-@pytest.fixture
-def draw() -> Draw:
-    return Draw()
+from tests.draw import CONTROLLERS, INDEXERS, Draw
 
 
 def tokens_for(draw: Draw, batch: int, length: int) -> Tensor:
@@ -167,9 +163,12 @@ def test_forward_moves_no_buffer_and_update_references_moves_those_of_training(d
 
 def test_statistics_come_by_layer(draw: Draw) -> None:
     model = draw.model()
-    statistics = model.run(tokens_for(draw, 2, 9), measure=True).statistics
-    assert {"k_mean", "mass_kept", "first_token_mass", "max_activation"} <= set(statistics)
+    output = model.run(tokens_for(draw, 2, 9), measure=True)
+    statistics = means(output.statistics)
+    assert {"k_mean", "mass_kept", "first_token_mass", "selected_fraction"} <= set(statistics)
     assert all(values.shape == (4,) for values in statistics.values())
+    assert output.max_activation is not None
+    assert output.max_activation.shape == (4,)
     assert ((statistics["mass_kept"] > 0) & (statistics["mass_kept"] <= 1 + 1e-6)).all()
 
 

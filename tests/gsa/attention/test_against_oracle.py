@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from gsa.attention.attention import AttentionResult, GatedSparseAttention, Stage
 from gsa.attention.oracle import OracleResult, oracle_attention
-from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
+from tests.draw import CONTROLLERS, INDEXERS, Draw
 
 STAGES: tuple[Stage, ...] = ("dense", "warmup", "sparse")
 

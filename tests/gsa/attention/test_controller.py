@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from gsa.attention.attention import GatedSparseAttention
 from gsa.attention.controller import ControllerConfig, Uncertainty
 from gsa.attention.selection import CoarseConfig
-from tests.gsa.attention.draw import CONTROLLERS, Draw
+from tests.draw import CONTROLLERS, Draw
 
 
 def layer_of(draw: Draw, config: ControllerConfig, coarse: CoarseConfig | None = None) -> GatedSparseAttention:

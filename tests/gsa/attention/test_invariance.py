@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from gsa.attention.attention import AttentionResult, GatedSparseAttention
 from gsa.attention.cache import LayerCache
-from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
+from tests.draw import CONTROLLERS, INDEXERS, Draw
 
 
 def attend(layer: GatedSparseAttention, hidden: Tensor, starts: Tensor | None = None) -> AttentionResult:

@@ -16,7 +16,7 @@ from gsa.attention.gates import GateConfig
 from gsa.attention.rope import rope
 from gsa.errors import ConfigError
 from gsa.settings import check
-from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
+from tests.draw import CONTROLLERS, INDEXERS, Draw
 
 
 def plain_attention(layer: GatedSparseAttention, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from gsa.attention.attention import GatedSparseAttention
 from gsa.attention.controller import ControllerConfig
 from gsa.attention.oracle import oracle_attention
 from gsa.attention.selection import CoarseConfig, Queries, top_k
-from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
+from tests.draw import CONTROLLERS, INDEXERS, Draw
 
 
 def select(layer: GatedSparseAttention, hidden: Tensor, starts: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from gsa.attention.attention import GatedSparseAttention, Stage
 from gsa.attention.gates import PLACES
-from tests.gsa.attention.draw import CONTROLLERS, INDEXERS, Draw
+from tests.draw import CONTROLLERS, INDEXERS, Draw
 
 
 def gradients(layer: GatedSparseAttention, loss: Tensor | None) -> dict[str, bool]:
