@@ -120,6 +120,7 @@ class OptunaSearcher(Searcher):
         if self.interrupted or self.record.entries[own].state != RUNNING:
             return
         result = result or {}
+        self.on_trial_result(trial_id, result)  # Tune tells the last one only here
         values = [float(result.get(o.metric, math.nan)) for o in self.objectives]
         if error:
             self._end(own, FAIL, reason="its process died")

@@ -134,7 +134,7 @@ class Sweep:
             raise ConfigError("scheduler.grace_period", config.scheduler.grace_period, allowed)
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
-        with self._locked(), running():
+        with self._locked(), running(nested=config.train.workers.num_workers > 1):
             room = concurrent_runs(config.train.workers, "train.workers")
             self._save()
             parent = self._start_parent(tracking, data)
@@ -162,7 +162,8 @@ class Sweep:
         workers = config.train.workers
         resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
         if workers.num_workers > 1:
-            resources = {"CPU": 0, "GPU": 0}  # its workers ask for theirs; `concurrent` keeps room for them
+            # it only waits for its workers, which ask for theirs; `concurrent` keeps room for them
+            resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
         total = config.num_samples + config.dense_baseline
         progress = SweepProgress(record, config.objectives, total, total_steps, self.console)
         with progress.shown(), _signals(searcher):

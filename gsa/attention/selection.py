@@ -91,7 +91,9 @@ class Blocks(NamedTuple):
     def pool(cls, keys: Tensor, starts: Tensor, size: int) -> "Blocks":
         """Pool indexer keys [B, S, d_I] of documents that begin at `starts` [B, S]."""
         place = torch.arange(keys.shape[1], device=keys.device) - starts
-        of_key = (place % size == 0).cumsum(1) - 1
+        begins = place % size == 0
+        begins[:, :1] = True  # also where padding stands before the first document
+        of_key = begins.cumsum(1) - 1
         count = int(of_key.max()) + 1 if of_key.numel() else 0
         total = keys.new_zeros(keys.shape[0], count, keys.shape[2])
         total.scatter_add_(1, of_key[..., None].expand_as(keys), keys)
