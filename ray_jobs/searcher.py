@@ -191,13 +191,17 @@ class OptunaSearcher(Searcher):
                 study.enqueue_trial(params)
                 self._live[entry.trial_id] = study.ask(distributions)
             else:
+                reported = self._intermediate(entry)
+                values = entry.values
+                if entry.state == PRUNED and reported:
+                    values = [reported[max(reported)]]  # what Optuna makes of a pruned trial that is told
                 study.add_trial(
                     optuna.trial.create_trial(
                         state=TrialState[entry.state],
                         params=params,
                         distributions=distributions,
-                        values=entry.values,
-                        intermediate_values=self._intermediate(entry),
+                        values=values,
+                        intermediate_values=reported,
                     )
                 )
         return study

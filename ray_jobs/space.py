@@ -18,10 +18,13 @@ from typing import Any
 
 import optuna
 
-from gsa.config import TrainConfig, assign, build, element_type, expand, field_of
+from gsa.config import TrainConfig, all_keys, assign, build, element_type, expand, field_of
 from gsa.errors import ConfigError, RequestError
 from gsa.settings import check_value, nearest
 from ray_jobs.record import Params
+
+# what a trial's results are compared by, and what all trials share
+FIXED = ("name", "storage", "evaluation", "tracking", "workers")
 
 FIELDS = {
     "float": {"low", "high", "log", "step"},
@@ -116,6 +119,10 @@ class Space:
 
     def _parse(self, key: str, given: Any) -> list[Dimension]:
         field = field_of(TrainConfig, key)
+        if key.split(".")[0] in FIXED:
+            raise ConfigError("space", key, f"cannot be searched: trials must share {', '.join(FIXED)}")
+        if key not in all_keys(TrainConfig) and "[" not in key:
+            raise ConfigError("space", key, "names several settings: search them one by one")
         if not isinstance(given, dict) or given.get("type") not in FIELDS:
             kind = given.get("type") if isinstance(given, dict) else given
             allowed = f"type must be one of {', '.join(FIELDS)}{nearest(str(kind), list(FIELDS))}"
@@ -153,6 +160,11 @@ class Space:
             except (KeyError, TypeError, ValueError):
                 raise ConfigError(f"space.{key}.{name}", given.get(name), "must be a number") from None
             check_value(field, f"space.{key}.{name}", int(number) if number.is_integer() else number)
+        step, log = given.get("step"), given.get("log", False)
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int | float) or step <= 0):
+            raise ConfigError(f"space.{key}.step", step, "must be a number > 0")
+        if not isinstance(log, bool):
+            raise ConfigError(f"space.{key}.log", log, "must be true or false")
         low, high = float(given["low"]), float(given["high"])
         if low > high:
             raise ConfigError(f"space.{key}.low", low, f"must be <= high, which is {high}")

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock, Timeout
 from ray import tune
 from rich.console import Console
 
@@ -38,6 +37,7 @@ from ray_jobs.report import Report, read_report
 from ray_jobs.scheduler import SchedulerConfig, make_scheduler
 from ray_jobs.searcher import ObjectiveConfig, OptunaSearcher, SearcherConfig
 from ray_jobs.space import Space
+from ray_jobs.storage import locked, settle
 from ray_jobs.trial import TrialContext, make_trainable, run_key
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepCon
     data = read_yaml(Path(path))
     data.setdefault("name", Path(path).stem)
     config = build(SweepConfig, data, overrides)
-    config.train.storage = os.path.abspath(config.train.storage)  # workers stand in other folders
-    config.train.data.corpus.files = [os.path.abspath(file) for file in config.train.data.corpus.files]
+    settle(config.train, "train.storage")
     return config
 
 
@@ -134,7 +133,7 @@ class Sweep:
             raise ConfigError("scheduler.grace_period", config.scheduler.grace_period, allowed)
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
-        with self._locked(), running(nested=config.train.workers.num_workers > 1):
+        with locked(self.folder, f"sweep {config.name!r}"), running(nested=config.train.workers.num_workers > 1):
             room = concurrent_runs(config.train.workers, "train.workers")
             self._save()
             parent = self._start_parent(tracking, data)
@@ -196,18 +195,6 @@ class Sweep:
         if not (self.folder / "sweep.yaml").exists() and tracking.find_run(run_key(self.config.name)) is not None:
             allowed = f"another sweep of this name is in {tracking.uri}; choose another"
             raise ConfigError("name", self.config.name, allowed)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # the kernel lets go of it when its holder dies
-            with FileLock(self.folder / "lock", timeout=0):
-                yield
-        except Timeout:
-            raise RequestError(
-                f"sweep {self.config.name!r} is running already (it holds {self.folder / 'lock'})"
-            ) from None
 
     def _save(self) -> None:
         unfinished = self.folder / ".sweep.yaml"

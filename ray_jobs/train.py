@@ -7,7 +7,6 @@ Everything of a run is in `STORAGE/train/NAME`; run again, it goes on from its n
 
 import contextlib
 import dataclasses
-import os
 import signal
 import sys
 import threading
@@ -15,17 +14,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from gsa.config import TrainConfig, load_config
 from gsa.data.packing import prepare
-from gsa.errors import RequestError, RunError
+from gsa.errors import RunError
 from gsa.tracking import Tracking, connect
 from gsa.training import checkpoint
 from gsa.training.loop import has_indexer, make_model
 from gsa.training.stages import Plan
 from ray_jobs.cluster import concurrent_runs, running
+from ray_jobs.storage import locked, settle
 from ray_jobs.worker import Job, fit
 
 
@@ -45,8 +44,7 @@ def load_train(path: str | Path, overrides: list[str] | None = None) -> TrainCon
         RequestError: as `gsa.config.load_config`.
     """
     config = load_config(path, overrides)
-    config.storage = os.path.abspath(config.storage)
-    config.data.corpus.files = [os.path.abspath(file) for file in config.data.corpus.files]
+    settle(config)
     return config
 
 
@@ -69,7 +67,7 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         console.print(f"continuing from step {newest.step} of {total_steps}", highlight=False)
     tracking = connect(config.tracking, config.storage)
     job = Job(asked, str(folder), run_key=f"train/{config.name}", run_name=config.name)
-    with _locked(folder, config.name), running():
+    with locked(folder, f"run {config.name!r}"), running():
         concurrent_runs(config.workers)
         run_id = tracking.start_run(job.run_key, job.run_name)
         try:
@@ -83,16 +81,6 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
             raise
         tracking.finish(run_id, "finished")
     return Finished(run_id, folder, tracking.metrics(run_id))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise RequestError(f"run {name!r} is running already (it holds {folder / '.lock'})") from None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,117 @@
+"""The search space: every draw is within bounds and composes to a checked configuration, or is refused by name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from gsa.config import TrainConfig, build, lookup
+from gsa.errors import ConfigError, RequestError
+from ray_jobs.space import Space
+from ray_jobs.sweep import load_sweep
+from tests.draw import Draw
+
+ROOT = Path(__file__).parents[2]
+BASE = dataclasses.asdict(build(TrainConfig, {}, ["model.num_layers=3"]))
+KIND = "model.attention.controller.kind"
+FULL: dict[str, Any] = {
+    "training.optimizer.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+    KIND: {"type": "categorical", "choices": ["fixed", "variance", "ratio"]},
+    "model.attention.controller.k": {
+        "type": "int", "low": 256, "high": 4096, "step": 256, "when": {KIND: ["fixed", "variance"]},
+    },
+    "model.attention.controller.ratio": {"type": "float", "low": 0.1, "high": 0.5, "when": {KIND: "ratio"}},
+    "model.attention.gates.places": {"type": "categorical", "choices": [[], ["G1"], ["G1", "G2"]]},
+    "model.layers[*].share": {"type": "categorical", "choices": [1, 8]},
+    "model.layers[0:2].local_window": {"type": "int", "low": 0, "high": 64},
+}  # fmt: skip
+
+
+ONE_OR_TWO = {"type": "int", "low": 1, "high": 2}
+
+
+def draws(space: Space, draw: Draw, count: int) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=draw.random.randrange(1000)))
+    return [space.sample(study.ask()) for _ in range(count)]
+
+
+def test_every_draw_is_within_bounds_and_sets_what_it_names(draw: Draw) -> None:
+    space = Space(FULL, BASE)
+    kinds = set()
+    for params in draws(space, draw, 40):
+        kind = params[KIND]
+        kinds.add(kind)
+        assert ("model.attention.controller.k" in params) == (kind != "ratio")
+        assert ("model.attention.controller.ratio" in params) == (kind == "ratio")
+        assert {f"model.layers[{i}].share" for i in range(3)} <= set(params)
+        config = space.compose(space.settings(params))
+        for key, value in params.items():
+            if key != "model.layers[0:2].local_window":
+                assert lookup(config, key) == value
+        window = params["model.layers[0:2].local_window"]
+        assert [layer.local_window for layer in config.model.layers] == [window, window, None]
+        assert 1e-4 <= config.training.optimizer.learning_rate <= 1e-2
+        assert config.model.attention.controller.k % 256 == 0
+    assert kinds == {"fixed", "variance", "ratio"}
+
+
+def test_a_draw_changes_the_base_for_no_other(draw: Draw) -> None:
+    space = Space(FULL, BASE)
+    before = dataclasses.asdict(space.compose({}))
+    for params in draws(space, draw, 5):
+        space.compose(space.settings(params))
+    assert dataclasses.asdict(space.compose({})) == before
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_file_draws_valid_configurations(path: Path, draw: Draw) -> None:
+    config = load_sweep(path)
+    space = Space(config.space, dataclasses.asdict(config.train))
+    for params in draws(space, draw, 20):
+        space.compose(space.settings(params))
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({}, "must name at least one"),
+        ({"model.num_layer": {"type": "int", "low": 1, "high": 2}}, "did you mean"),
+        ({"seed": {"type": "integer", "low": 1, "high": 2}}, "type must be one of float, int, categorical"),
+        ({"seed": 3}, "type must be one of"),
+        ({"seed": {"type": "int", "low": 1, "hihg": 2}}, "did you mean 'high'"),
+        ({"seed": {"type": "int", "low": 3, "high": 2}}, "must be <= high"),
+        ({"seed": {"type": "int", "low": 1}}, "space.seed.high = None: must be a number"),
+        ({"seed": {"type": "int", "low": 1.5, "high": 2}}, "must be integers"),
+        ({"seed": {"type": "int", "low": -1, "high": 2}}, "space.seed.low = -1: must be >= 0"),
+        ({"seed": {"type": "categorical", "choices": []}}, "at least one value"),
+        ({"seed": {"type": "int", "low": 0, "high": 2, "log": True}}, "needs low > 0"),
+        ({"seed": {"type": "int", "low": 1, "high": 2, "step": 0}}, "space.seed.step"),
+        ({"seed": {"type": "int", "low": 1, "high": 9, "step": "two"}}, "space.seed.step"),
+        ({"seed": {"type": "int", "low": 1, "high": 9, "log": "yes"}}, "space.seed.log"),
+        ({KIND: {"type": "float", "low": 1, "high": 2}}, "is not a number"),
+        ({KIND: {"type": "categorical", "choices": ["fixed", "rato"]}}, "did you mean 'ratio'"),
+        ({"model.attention.gates.places": {"type": "categorical", "choices": [["G9"]]}}, "must be one of G1"),
+        ({"seed": {"type": "int", "low": 1, "high": 2, "when": {KIND: "ratio"}}}, "stands before it"),
+        ({KIND: FULL[KIND], "seed": {"type": "int", "low": 1, "high": 2, "when": {KIND: "learned"}}}, "is none of"),
+        ({"model.layers[7:9].k": {"type": "int", "low": 1, "high": 2}}, "names none of the 3 layers"),
+        ({"model.num_layers": ONE_OR_TWO, "model.layers[*].k": ONE_OR_TWO}, "cannot be searched together"),
+        ({"evaluation.sequences": {"type": "int", "low": 1, "high": 2}}, "cannot be searched"),
+        ({"tracking.uri": {"type": "categorical", "choices": ["a"]}}, "cannot be searched"),
+        ({"workers.num_workers": {"type": "int", "low": 1, "high": 2}}, "cannot be searched"),
+        ({"name": {"type": "categorical", "choices": ["a"]}}, "cannot be searched"),
+        ({"model": {"type": "int", "low": 1, "high": 2}}, "names several settings"),
+    ],
+)  # fmt: skip
+def test_a_wrong_space_is_refused_by_key_before_anything_starts(space: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        Space(space, BASE)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_combination_that_is_not_allowed_is_refused_when_composed() -> None:
+    space = Space(FULL, BASE)
+    with pytest.raises(ConfigError, match="k_min"):
+        space.compose({"model.attention.controller.k": 1})
