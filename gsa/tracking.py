@@ -68,14 +68,15 @@ class Tracking:
 
     @staticmethod
     def state(run: Run) -> str:
-        """The state of a run of ours: `running`, or one that `finish` takes."""
-        return str(run.data.tags.get(STATE, ""))
+        """The state of a run of ours: one that `finish` takes once it has done all of it, until then `running`."""
+        state = str(run.data.tags.get(STATE, "running"))
+        return state if run.info.status == STATUS.get(state) else "running"
 
     def start_run(self, key: str, name: str, parent: str | None = None, tags: dict[str, str] | None = None) -> str:
         """The id of the run with this key, set to RUNNING; made where there is none yet."""
         run = self.find_run(key)
         if run is None:
-            own = {KEY: key, STATE: "running", "mlflow.source.name": "gsa", **_git_tags(), **(tags or {})}
+            own = {KEY: key, STATE: "running", "mlflow.source.name": "gsa", **(tags or {})}
             if parent is not None:
                 own[PARENT] = parent
             run = self.client.create_run(self.experiment_id, run_name=name, tags=own)
@@ -242,6 +243,7 @@ def _mlflow_name(key: str) -> str:
     return key.replace("[", ".").replace("]", "")
 
 
-def _git_tags() -> dict[str, str]:
+def git_tags() -> dict[str, str]:
+    """The commit of the code in the current folder, as MLflow's own tag; nothing where there is no git."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray._private.state
 
 from gsa.errors import ConfigError
 from gsa.training.workers import WorkersConfig
@@ -57,7 +58,10 @@ def concurrent_runs(workers: WorkersConfig, key: str = "workers") -> int:
     Raises:
         ConfigError: not even one; it would wait for ever.
     """
-    total = ray.cluster_resources()
+    total = dict(ray.cluster_resources())
+    growth = ray._private.state.state.get_max_resources_from_cluster_config()  # None where nothing scales
+    for resource, most in (growth or {}).items():
+        total[resource] = max(total.get(resource, 0), most)
     room = math.inf
     for name, resource, each in (
         ("cpus_per_worker", "CPU", workers.cpus_per_worker),

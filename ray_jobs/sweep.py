@@ -26,7 +26,7 @@ from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.floors import bigram_bits_per_byte
 from gsa.settings import setting
-from gsa.tracking import OBJECTIVES, Tracking, connect
+from gsa.tracking import OBJECTIVES, Tracking, connect, git_tags
 from gsa.training.loop import has_indexer, make_model
 from gsa.training.stages import Plan
 from ray_jobs.cluster import concurrent_runs, running
@@ -137,7 +137,7 @@ class Sweep:
             room = concurrent_runs(config.train.workers, "train.workers")
             self._save()
             parent = self._start_parent(tracking, data)
-            context = TrialContext(config.name, self.base, str(self.folder), parent)
+            context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())
             record = Record(self.folder / "record.jsonl")
             runs = TrialRuns(tracking, context)
             runs.reconcile(record)
@@ -204,7 +204,7 @@ class Sweep:
     def _start_parent(self, tracking: Tracking, data: Prepared) -> str:
         config = self.config
         objectives = json.dumps([dataclasses.asdict(o) for o in config.objectives])
-        tags = {"gsa.sweep": config.name, OBJECTIVES: objectives}
+        tags = {"gsa.sweep": config.name, OBJECTIVES: objectives, **git_tags()}
         parent = tracking.start_run(run_key(config.name), config.name, tags=tags)
         tracking.describe(parent, flatten(config), to_yaml(config))
         tracking.describe_data(parent, config.train.data, data.fingerprint)

@@ -12,14 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
 from gsa.config import TrainConfig, load_config
 from gsa.data.packing import prepare
 from gsa.errors import RunError
-from gsa.tracking import Tracking, connect
+from gsa.tracking import Tracking, connect, git_tags
 from gsa.training import checkpoint
 from gsa.training.loop import has_indexer, make_model
 from gsa.training.stages import Plan
@@ -66,13 +68,13 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         newest.refuse_other(config)
         console.print(f"continuing from step {newest.step} of {total_steps}", highlight=False)
     tracking = connect(config.tracking, config.storage)
-    job = Job(asked, str(folder), run_key=f"train/{config.name}", run_name=config.name)
+    job = Job(asked, str(folder), f"train/{config.name}", config.name, tags=git_tags())
     with locked(folder, f"run {config.name!r}"), running():
         concurrent_runs(config.workers)
-        run_id = tracking.start_run(job.run_key, job.run_name)
+        run_id = tracking.start_run(job.run_key, job.run_name, tags=job.tags)
         try:
             with _terminable(), _progress(tracking, run_id, total_steps, console):
-                fit(job, [])
+                _fit_apart(job)
         except KeyboardInterrupt:
             tracking.finish(run_id, "killed", "interrupted")
             raise
@@ -83,10 +85,29 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
     return Finished(run_id, folder, tracking.metrics(run_id))
 
 
+def _fit_apart(job: Job) -> None:
+    """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            fit(job, [])
+            outcome.set_result(None)
+        except Exception as error:  # noqa: BLE001 - raised again below, in the main thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    outcome.result()
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """A job's stop (SIGTERM) is an interruption like Ctrl-C."""
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

@@ -27,12 +27,13 @@ class TrialContext:
     base: dict[str, Any]  # a TrainConfig that each trial starts from
     folder: str  # of the sweep
     parent: str  # the sweep's run
+    tags: dict[str, str]  # of every trial's run
 
     def job(self, proposal: Proposal) -> Job:
         """What it takes to train a trial; a report reads its tags."""
         trial_id = proposal["trial_id"]
         config = compose(self.base, proposal["settings"] | {"name": trial_id})
-        tags = {
+        tags = self.tags | {
             "gsa.sweep": self.sweep,
             "gsa.trial_id": trial_id,
             "gsa.params": json.dumps(proposal["params"]),

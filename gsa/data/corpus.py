@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 import tokenize
@@ -150,12 +151,14 @@ def _python_files(paths: list[Path]) -> Iterator[Document]:
 
 
 def _text_files(paths: list[Path]) -> Iterator[Document]:
+    # named from the folder that holds them all: a corpus that is moved is split as before
+    root = os.path.commonpath([path.absolute().parent for path in paths])
     for path in paths:
         if not path.stat().st_size:
             raise ConfigError("data.corpus.files", str(path), "is empty")
         for text in _pieces(path):
             if text.strip():
-                yield Document(path.name if len(paths) == 1 else str(path), text)
+                yield Document(os.path.relpath(path.absolute(), root), text)
 
 
 def _pieces(path: Path) -> Iterator[str]:

@@ -78,6 +78,15 @@ def test_a_groups_side_of_the_split_does_not_depend_on_other_groups(draw: Draw) 
     assert abs(len(held) / 2000 - fraction) < 0.06
 
 
+def test_a_corpus_that_is_moved_is_the_same_corpus(draw: Draw, tmp_path: Path) -> None:
+    seed, found = draw.random.randrange(1000), []
+    for folder in (tmp_path / "here", tmp_path / "there" / "deeper"):
+        config = CorpusConfig("text", write_files(folder, seed))
+        known = survey(config, tmp_path / "memory")
+        found.append((known, [known.held_out(d.group, 0.3) for d in documents(config)]))
+    assert found[0] == found[1]
+
+
 def test_at_least_one_group_is_held_out(draw: Draw, tmp_path: Path) -> None:
     config = CorpusConfig("text", write_files(tmp_path / "t", draw.random.randrange(1000), files=2))
     found = survey(config, tmp_path)

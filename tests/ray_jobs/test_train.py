@@ -1,0 +1,105 @@
+"""One run through Ray Train: workers, interruption, failure, and what MLflow holds of it."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.testing import assert_close
+
+from gsa import load_checkpoint
+from gsa.training import checkpoint
+from tests.draw import Draw
+from tests.ray_jobs.store import Store
+from tests.text import tiny
+
+
+def start(folder: Path, seed: int, *overrides: str, **changes: Any) -> "subprocess.Popen[str]":
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(tiny(folder, seed, **changes)))
+    command = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=180)
+    assert "Traceback" not in errors or process.returncode == 1
+    return process.returncode, output, errors
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    last = time.monotonic() + 120
+    while not any(int(p.name[5:]) >= step for p in checkpoint.steps(folder)):
+        assert time.monotonic() < last, "no checkpoint came"
+        time.sleep(0.02)
+
+
+def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_path: Path) -> None:
+    code, output, errors = end(start(tmp_path, draw.random.randrange(1000), "workers.num_workers=2"))
+    assert code == 0, errors
+    (run,) = Store(tmp_path / "runs").runs()
+    store = Store(tmp_path / "runs")
+    assert (run.info.status, run.data.tags["gsa.state"]) == ("FINISHED", "finished")
+    assert store.steps(run, "loss") == [2, 4, 6, 8, 10, 12]
+    assert store.steps(run, "held_out_loss") == [4, 8, 12]
+    assert run.data.params["workers.num_workers"] == "2"
+    assert "model.safetensors" in store.artifacts(run, "checkpoint")
+    assert f"gsa eval {run.info.run_id} --storage {tmp_path / 'runs'}" in output
+    assert "step 12/12" in output
+    local = load_checkpoint(tmp_path / "runs/train/tiny")
+    assert_close(dict(local.named_parameters()), dict(load_checkpoint(tmp_path / "runs/train/tiny").named_parameters()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
+    draw: Draw, tmp_path: Path, number: signal.Signals
+) -> None:
+    seed = draw.random.randrange(1000)
+    long = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
+    process = start(tmp_path, seed, **long)
+    wait_for_step(tmp_path / "runs/train/tiny", draw.random.randint(3, 40))
+    process.send_signal(number)
+    code, _, errors = end(process)
+    store = Store(tmp_path / "runs")
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 130, errors
+        assert f"To go on: gsa train {tmp_path / 'train.yaml'}" in errors
+        assert store.runs()[0].info.status == "KILLED"
+    code, output, errors = end(start(tmp_path, seed, **long))
+    assert code == 0, errors
+    assert "continuing from step" in output
+    (run,) = store.runs()
+    assert run.info.status == "FINISHED"
+    assert store.steps(run, "held_out_loss") == [30, 60, 90, 120, 150]
+    (tmp_path / "whole").mkdir()
+    assert end(start(tmp_path / "whole", seed, **long))[0] == 0
+    resumed, whole = (load_checkpoint(f / "runs/train/tiny") for f in (tmp_path, tmp_path / "whole"))
+    assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_that_fails_says_why_and_ends_as_failed(draw: Draw, tmp_path: Path) -> None:
+    rate = "training.optimizer.learning_rate=1e30"
+    code, _, errors = end(start(tmp_path, draw.random.randrange(1000), rate))
+    assert code == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "learning rate 1e+30" in line
+    assert "to go on from there: gsa train" in errors
+    (run,) = Store(tmp_path / "runs").runs()
+    assert (run.info.status, run.data.tags["gsa.state"]) == ("FAILED", "failed")
+    assert "learning rate 1e+30" in run.data.tags["gsa.reason"]
+
+
+def test_other_settings_under_the_same_name_are_refused_and_change_nothing(draw: Draw, tmp_path: Path) -> None:
+    seed = draw.random.randrange(1000)
+    assert end(start(tmp_path, seed))[0] == 0
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")}
+    code, _, errors = end(start(tmp_path, seed, "model.num_layers=3"))
+    assert code == 2
+    assert "model.num_layers = 3: was 2" in errors
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")} == files
