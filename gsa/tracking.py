@@ -173,7 +173,7 @@ class Tracking:
     @contextlib.contextmanager
     def system_metrics(self, run_id: str) -> Iterator[None]:
         """Log this machine's use while the block runs."""
-        monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=True, tracking_uri=self.uri)
+        monitor = SystemMetricsMonitor(run_id, sampling_interval=2, resume_logging=True, tracking_uri=self.uri)
         monitor.start()
         try:
             yield

@@ -14,14 +14,10 @@ from gsa.training.workers import WorkersConfig
 
 
 @contextmanager
-def running(nested: bool = False) -> Iterator[None]:
+def running() -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names (a submitted job has it set), or start one on this machine.
 
     What this starts, it stops.
-
-    Args:
-        nested: trials will train with workers of their own. Ray Train then cleans up after a trial that is stopped
-            by asking the dashboard's state API; without it the workers' placement group stays for ever (ray#54305).
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 18 s become 10 for a nested trainer's start
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -40,8 +36,7 @@ def running(nested: bool = False) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # nothing large goes through the object store: text is memory-mapped, checkpoints are files
         ray.init(
-            include_dashboard=nested,
-            dashboard_host="127.0.0.1",
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
             object_store_memory=200_000_000,

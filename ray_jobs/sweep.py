@@ -32,13 +32,14 @@ from gsa.training.stages import Plan
 from ray_jobs.cluster import concurrent_runs, running
 from ray_jobs.mlflow_callback import TrialRuns
 from ray_jobs.progress import SweepProgress
-from ray_jobs.record import COMPLETE, Entry, Record
+from ray_jobs.record import COMPLETE, Entry, Event, Record
 from ray_jobs.report import Report, read_report
 from ray_jobs.scheduler import SchedulerConfig, make_scheduler
 from ray_jobs.searcher import ObjectiveConfig, OptunaSearcher, SearcherConfig
 from ray_jobs.space import Space
 from ray_jobs.storage import locked, settle
 from ray_jobs.trial import TrialContext, make_trainable, run_key
+from ray_jobs.worker import release_workers
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class Sweep:
             raise ConfigError("scheduler.grace_period", config.scheduler.grace_period, allowed)
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
-        with locked(self.folder, f"sweep {config.name!r}"), running(nested=config.train.workers.num_workers > 1):
+        with locked(self.folder, f"sweep {config.name!r}"), running():
             room = concurrent_runs(config.train.workers, "train.workers")
             self._save()
             parent = self._start_parent(tracking, data)
@@ -142,6 +143,7 @@ class Sweep:
             runs = TrialRuns(tracking, context)
             runs.reconcile(record)
             record.subscribe(runs)
+            record.subscribe(self._release)
             if config.dense_baseline and "baseline-dense" not in record.entries:
                 record.propose(Entry("baseline-dense", {}, dict(DENSE), baseline=True))
             concurrent = min(room, config.max_concurrent_trials or room)
@@ -186,6 +188,11 @@ class Sweep:
                 verbose=0,
             )
         return searcher.interrupted
+
+    def _release(self, event: Event, entry: Entry) -> None:
+        """Observe the record: a trial that has ended holds no workers."""
+        if event["event"] == "end":
+            release_workers(self.folder / "trials" / entry.trial_id)
 
     def _total_steps(self, data: Prepared) -> int:
         model = make_model(build(TrainConfig, json.loads(json.dumps(self.base))), data)

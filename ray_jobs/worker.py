@@ -12,8 +12,10 @@ from typing import Any
 
 import ray.train
 import torch
+from ray._raylet import PlacementGroupID
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from gsa.config import TrainConfig, build, flatten, to_yaml
 from gsa.data.packing import prepare
@@ -22,6 +24,8 @@ from gsa.tracking import Tracking, connect
 from gsa.training import checkpoint
 from gsa.training.loop import Trainer
 from gsa.training.workers import Workers
+
+PLACEMENT_GROUP = ".placement_group"  # file in a run's folder that names what its workers hold
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -47,6 +51,7 @@ def fit(job: Job, callbacks: list[Any]) -> None:
     Raises:
         RunError: a worker failed; the message is the worker's own.
     """
+    release_workers(Path(job.folder))
     workers = job.settings().workers
     resources = {"CPU": workers.cpus_per_worker}
     if workers.gpus_per_worker:
@@ -70,6 +75,18 @@ def fit(job: Job, callbacks: list[Any]) -> None:
         raise RunError(root_cause(error)) from error
 
 
+def release_workers(folder: Path) -> None:
+    """Free what the workers of a run in this folder still hold, if there are any.
+
+    Ray Train does so itself where it ends by itself. Where it is stopped from outside, it relies on the state API of
+    the dashboard, and without one its placement group stays for ever: the next run waits in vain (ray#54305).
+    """
+    note = folder / PLACEMENT_GROUP
+    if note.exists():
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(note.read_text()))))
+        note.unlink()
+
+
 def root_cause(error: BaseException) -> str:
     """The message of the worker's own error, without the layers that Ray wraps around it, in one line."""
     failures = getattr(error, "worker_failures", None)
@@ -86,7 +103,13 @@ def _train_worker(config: dict[str, Any]) -> None:
     def report(metrics: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
-    work(config["job"], report)
+    job: Job = config["job"]
+    if Workers.current().first:
+        group = get_current_placement_group()
+        assert group is not None  # Ray Train's workers always stand in one
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+        (Path(job.folder) / PLACEMENT_GROUP).write_text(group.id.hex())
+    work(job, report)
 
 
 def work(job: Job, report: Report) -> None:

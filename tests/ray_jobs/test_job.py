@@ -30,7 +30,7 @@ def free_port() -> int:
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Ray head of its own on free ports of this machine; the environment of a client that holds its token."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent, client_port = (free_port() for _ in range(4))
     temporary = Path("/tmp") / f"gsa-{random.SystemRandom().randrange(10**9)}"  # Unix socket paths must be short
     (tmp_path / "token").write_text(secrets.token_hex(32))
     (tmp_path / "token").chmod(0o600)
@@ -39,6 +39,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
     command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--temp-dir={temporary}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client_port}"]
     command += ["--include-dashboard=true", "--disable-usage-stats", "--object-store-memory=100000000"]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)

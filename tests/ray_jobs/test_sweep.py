@@ -91,7 +91,7 @@ def test_the_quickstart_at_a_smaller_size(tmp_path: Path) -> None:
         assert trial.data.tags["mlflow.source.git.commit"]
         assert trial.inputs is not None
         assert trial.inputs.dataset_inputs[0].dataset.name == "python_stdlib"
-        assert any(metric.startswith("system/") for metric in trial.data.metrics) or state == "stopped_early"
+    assert any(metric.startswith("system/") for trial in children.values() for metric in trial.data.metrics)
     for row in report.trials:
         logged = children[row["trial_id"]].data.params
         for key, value in row["params"].items():
