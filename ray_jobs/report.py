@@ -77,11 +77,14 @@ def pareto_front(values: dict[str, list[float]], modes: list[str]) -> list[str]:
 def show(report: Report, console: Console) -> None:
     """Print the leaderboard. `*` marks the Pareto front; the floors stand beside each trial's bits per byte."""
     names = [o["metric"] for o in report.objectives]
-    table = Table(title=f"sweep {report.sweep}", title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(
+        title=f"sweep {report.sweep}", title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True
+    )
     for header in ("", "trial", "state", "steps"):
         table.add_column(header, no_wrap=True)
     for name in (*names, *(f"vs {floor.split('_')[0]}" for floor in report.floors)):
-        table.add_column(name.removeprefix("held_out_").replace("_", " "), justify="right", min_width=7)
+        # one word a line in the header, so that numbers decide the width
+        table.add_column(name.removeprefix("held_out_").replace("_", "\n"), justify="right", no_wrap=True)
     for trial in report.trials:
         metrics, bits = trial["metrics"], trial["metrics"].get(BITS)
         against = [f"{bits - floor:+.3f}" if bits is not None else "" for floor in report.floors.values()]

@@ -77,7 +77,7 @@ def make_model(config: "TrainConfig", data: Prepared) -> GSAForCausalLM:
         config.model.vocab_size = size
     if config.model.vocab_size < size:
         raise ConfigError("model.vocab_size", config.model.vocab_size, f"must be >= the tokenizer's, {size}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return GSAForCausalLM(config.model)
 
