@@ -86,14 +86,16 @@ class Tracking:
         return str(run.info.run_id)
 
     def describe(self, run_id: str, params: dict[str, Any], config_yaml: str) -> None:
-        """Record the resolved configuration: flat parameters, and the whole as an artifact. Once a run: parameters
-        cannot change."""
-        if self.client.get_run(run_id).data.params:
-            return
+        """Record the resolved configuration: flat parameters, and the whole as an artifact. Once a run, as parameters
+        cannot change; what an interruption left out is added."""
+        known = self.client.get_run(run_id).data.params
         entries = [Param(_mlflow_name(k), str(v)[:PARAM_LIMIT]) for k, v in params.items()]
+        entries = [entry for entry in entries if entry.key not in known]
+        if not entries:
+            return
+        self.client.log_text(run_id, config_yaml, "config.yaml")
         for first in range(0, len(entries), 100):
             self.client.log_batch(run_id, params=entries[first : first + 100])
-        self.client.log_text(run_id, config_yaml, "config.yaml")
 
     def describe_data(self, run_id: str, config: "DataConfig", fingerprint: str) -> None:
         """Record the dataset a run trains on."""

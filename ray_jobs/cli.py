@@ -124,6 +124,9 @@ def evaluate(
     for i, row in enumerate(found.layers):
         table.add_row(str(i), *(f"{row[name]:.4f}" if name in row else "" for name in found.layer_names))
     console.print(table)
+    if found.retrieval_refused:
+        console.print(f"no pass-key retrieval: {found.retrieval_refused}", markup=False)
+        return
     table = Table("depth", "accuracy", "loss", "loss without", title="pass-key retrieval", title_justify="left")
     for r in found.retrieval:
         table.add_row(f"{r.depth:.2f}", f"{r.accuracy:.2f}", f"{r.loss:.3f}", f"{r.loss_without:.3f}")

@@ -123,7 +123,8 @@ class Sweep:
         self.config, self.folder, self.console = config, folder, console
         self.base = dataclasses.asdict(config.train)
         self.space = Space(config.space, self.base)
-        self.space.compose(DENSE)
+        if config.dense_baseline:
+            self.space.compose(DENSE)
 
     def run(self) -> Report:
         config = self.config

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType
 
+from ray.train import TrainingFailedError
 from rich.console import Console
 
 from gsa.config import TrainConfig, load_config
@@ -27,7 +28,7 @@ from gsa.training.loop import has_indexer, make_model
 from gsa.training.stages import Plan
 from ray_jobs.cluster import concurrent_runs, running
 from ray_jobs.storage import locked, settle
-from ray_jobs.worker import Job, fit
+from ray_jobs.worker import Job, fit, one_line, release_workers, root_cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,11 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         except KeyboardInterrupt:
             tracking.finish(run_id, "killed", "interrupted")
             raise
-        except RunError as error:
-            tracking.finish(run_id, "failed", str(error))
-            raise
+        except (RunError, TrainingFailedError) as error:
+            cause = root_cause(error)
+            reason = one_line(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {one_line(cause)}"
+            tracking.finish(run_id, "failed", reason)
+            raise RunError(reason) from error
         tracking.finish(run_id, "finished")
     return Finished(run_id, folder, tracking.metrics(run_id))
 
@@ -96,8 +99,17 @@ def _fit_apart(job: Job) -> None:
         except Exception as error:  # noqa: BLE001 - raised again below, in the main thread
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    outcome.result()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        outcome.result()
+    except KeyboardInterrupt:
+        # without its workers the trainer ends; Ray must not be shut down under a thread that still uses it
+        deadline = time.monotonic() + 30
+        while thread.is_alive() and time.monotonic() < deadline:
+            release_workers(Path(job.folder))
+            thread.join(0.2)
+        raise
 
 
 @contextlib.contextmanager

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from gsa.errors import RequestError, RunError
 from ray_jobs.record import Proposal
 from ray_jobs.space import compose
-from ray_jobs.worker import Job, fit, work
+from ray_jobs.worker import LASTING, Job, fit, one_line, work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,8 @@ def run_key(sweep: str, trial_id: str = "") -> str:
 def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
     """The function that Tune calls with each of the searcher's proposals.
 
-    What would fail again the same way (a loss that is not finite, memory that does not suffice, a setting that
-    cannot be) ends the trial with its reason as result; what is not the trial's fault is raised, and Tune starts
-    the trial again from its checkpoint.
+    What would fail again in the same way ends the trial with its reason as result; anything else is raised, and Tune
+    starts the trial again from its checkpoint.
     """
 
     def train_trial(proposal: Proposal) -> None:
@@ -69,7 +66,7 @@ def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
                 work(job, tune.report)
             else:
                 fit(job, [TuneReportCallback()])
-        except (RunError, RequestError, torch.OutOfMemoryError) as error:
-            tune.report({"failed": " ".join(str(error).split())})
+        except LASTING as error:
+            tune.report({"failed": one_line(error)})
 
     return train_trial

@@ -19,13 +19,16 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from gsa.config import TrainConfig, build, flatten, to_yaml
 from gsa.data.packing import prepare
-from gsa.errors import RunError
+from gsa.errors import RequestError, RunError
 from gsa.tracking import Tracking, connect
 from gsa.training import checkpoint
 from gsa.training.loop import Trainer
 from gsa.training.workers import Workers
 
 PLACEMENT_GROUP = ".placement_group"  # file in a run's folder that names what its workers hold
+
+# what would fail again in the same way: a loss that is not finite, a setting that cannot be, too little memory
+LASTING = (RunError, RequestError, torch.OutOfMemoryError)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -49,7 +52,8 @@ def fit(job: Job, callbacks: list[Any]) -> None:
     """Train a run with a Ray Train `TorchTrainer` of any number of workers.
 
     Raises:
-        RunError: a worker failed; the message is the worker's own.
+        RunError: the run would fail again in the same way; the message is the worker's own.
+        ray.train.TrainingFailedError: anything else, a worker that was lost for example.
     """
     release_workers(Path(job.folder))
     workers = job.settings().workers
@@ -72,7 +76,10 @@ def fit(job: Job, callbacks: list[Any]) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise RunError(root_cause(error)) from error
+        cause = root_cause(error)
+        if isinstance(cause, LASTING):
+            raise RunError(one_line(cause)) from error
+        raise
 
 
 def release_workers(folder: Path) -> None:
@@ -87,16 +94,15 @@ def release_workers(folder: Path) -> None:
         note.unlink()
 
 
-def root_cause(error: BaseException) -> str:
-    """The message of the worker's own error, without the layers that Ray wraps around it, in one line."""
+def root_cause(error: BaseException) -> BaseException:
+    """The worker's own error, without the layers that Ray wraps around it."""
     failures = getattr(error, "worker_failures", None)
-    if failures:
-        return root_cause(next(iter(failures.values())))
-    inner = getattr(error, "cause", None) or error.__cause__
-    if isinstance(inner, BaseException):
-        return root_cause(inner)
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, RunError | ValueError) else f"{type(error).__name__}: {text}"
+    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
+    return root_cause(inner) if isinstance(inner, BaseException) else error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gsa.data.packing import prepare
-from gsa.errors import RequestError
+from gsa.errors import ConfigError, RequestError
 from gsa.evaluation.loss import evaluate
 from gsa.evaluation.retrieval import Retrieval, retrieve
 from gsa.tracking import TrackingConfig
@@ -22,6 +22,7 @@ class CheckpointReport:
     metrics: dict[str, float]  # held-out loss and means over the layers
     layers: list[dict[str, float]]  # the same by layer
     retrieval: list[Retrieval]
+    retrieval_refused: str  # why there is no retrieval, empty where there is
 
     @property
     def layer_names(self) -> list[str]:
@@ -52,7 +53,11 @@ def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) ->
     model = checkpoint.load(found).to(workers.device)
     with torch.no_grad():
         metrics = evaluate(model, data, config.evaluation, "sparse", workers)
-        retrieval = retrieve(model, data, config.data.context_length)
+        retrieval, refused = [], ""
+        try:
+            retrieval = retrieve(model, data, config.data.context_length)
+        except ConfigError as error:
+            refused = str(error)
     layers: list[dict[str, float]] = [{} for _ in range(config.model.num_layers)]
     means = {}
     for name, value in metrics.items():
@@ -61,4 +66,4 @@ def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) ->
             layers[int(by_layer[1])][by_layer[2]] = value
         else:
             means[name] = value
-    return CheckpointReport(found.step, means, layers, retrieval)
+    return CheckpointReport(found.step, means, layers, retrieval, refused)

@@ -1,14 +1,21 @@
 """One run through Ray Train: workers, interruption, failure, and what MLflow holds of it."""
 
+import contextlib
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from torch.testing import assert_close
 
 from gsa import load_checkpoint
@@ -103,3 +110,40 @@ def test_other_settings_under_the_same_name_are_refused_and_change_nothing(draw:
     assert code == 2
     assert "model.num_layers = 3: was 2" in errors
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")} == files
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """An MLflow server of its own, with its artifacts, on a free port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=1):
+            break
+        time.sleep(0.2)
+    yield uri
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+
+
+def test_runs_and_checkpoints_go_to_a_tracking_server(draw: Draw, tmp_path: Path, server: str) -> None:
+    code, _, errors = end(start(tmp_path, draw.random.randrange(1000), f"tracking.uri={server}"))
+    assert code == 0, errors
+    assert not (tmp_path / "runs/mlflow.db").exists()
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("gsa")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "held_out_loss")] == [4, 8, 12]
+    command = [sys.executable, "-m", "ray_jobs.cli", "eval", run.info.run_id, "--tracking-uri", server]
+    command += ["--json", "--storage", str(tmp_path / "runs")]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["metrics"]["held_out_loss"] == pytest.approx(run.data.metrics["held_out_loss"], rel=1e-4)
+    assert "context_length = 24" in found["retrieval_refused"]
