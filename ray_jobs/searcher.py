@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections import Counter
 from typing import Any
 
 import optuna
@@ -69,6 +70,8 @@ class OptunaSearcher(Searcher):
         seed: of the sampling.
         num_samples: proposals in the whole sweep, earlier lives included.
         record: of the sweep; takes proposals, results and ends.
+        max_failures: times a trial whose process died is proposed again, to go on from its checkpoint. (Tune's own
+            option starts no trial again that died while it was starting.)
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class OptunaSearcher(Searcher):
         seed: int,
         num_samples: int,
         record: Record,
+        max_failures: int = 0,
     ) -> None:
         super().__init__(metric=objectives[0].metric, mode=objectives[0].mode)
         self.space, self.objectives, self.config, self.seed = space, objectives, config, seed
@@ -86,6 +90,9 @@ class OptunaSearcher(Searcher):
         self.interrupted = False  # trials that end from now on were cut off, and stay unfinished in the record
         self._waiting = [entry for entry in record.trials() if entry.state == RUNNING]
         self._ids: dict[str, str] = {}  # Tune's id of a trial to ours
+        self._running: set[str] = set()  # ours
+        self.max_failures = max_failures
+        self._failures: Counter[str] = Counter()
         self._live: dict[str, optuna.Trial] = {}
         self._study = self._rebuild()
 
@@ -105,9 +112,10 @@ class OptunaSearcher(Searcher):
             RunError: nothing valid was found in many draws.
         """
         if not self.remaining:
-            return Searcher.FINISHED
+            return None if self._running else Searcher.FINISHED  # one that runs may have to run again
         entry = self._waiting.pop(0) if self._waiting else self._propose()
         self._ids[trial_id] = entry.trial_id
+        self._running.add(entry.trial_id)
         return entry.proposal()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -117,13 +125,18 @@ class OptunaSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         own = self._ids[trial_id]
+        self._running.discard(own)
         if self.interrupted or self.record.entries[own].state != RUNNING:
             return
         result = result or {}
         self.on_trial_result(trial_id, result)  # Tune tells the last one only here
         values = [float(result.get(o.metric, math.nan)) for o in self.objectives]
         if error:
-            self._end(own, FAIL, reason="its process died")
+            self._failures[own] += 1
+            if self._failures[own] <= self.max_failures:
+                self._waiting.append(self.record.entries[own])
+            else:
+                self._end(own, FAIL, reason=f"its process died {self._failures[own]} times")
         elif result.get("failed"):
             self._end(own, FAIL, reason=str(result["failed"]))
         elif not all(math.isfinite(v) for v in values):

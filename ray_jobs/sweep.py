@@ -157,7 +157,13 @@ class Sweep:
         config = self.config
         scheduler = make_scheduler(config.scheduler, config.objectives[0], total_steps, record)
         searcher = OptunaSearcher(
-            self.space, config.objectives, config.searcher, config.seed, config.num_samples, record
+            self.space,
+            config.objectives,
+            config.searcher,
+            config.seed,
+            config.num_samples,
+            record,
+            config.max_failures,
         )
         if not searcher.remaining:
             return False
@@ -176,12 +182,11 @@ class Sweep:
                 storage_path=str(self.folder),
                 search_alg=searcher,
                 scheduler=scheduler,
-                num_samples=searcher.remaining,
+                num_samples=-1,  # until the searcher has no more
                 max_concurrent_trials=concurrent,
                 resources_per_trial=resources,
                 # a trial that trains with workers of its own must end with its process: they end with it
                 reuse_actors=workers.num_workers == 1,
-                max_failures=config.max_failures,
                 raise_on_failed_trial=False,
                 stop=_Interrupt(searcher),
                 trial_name_creator=_own_name,

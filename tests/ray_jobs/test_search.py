@@ -95,6 +95,21 @@ def test_optuna_is_told_how_each_trial_ended(draw: Draw, tmp_path: Path) -> None
             assert max(entry.steps) == 30
 
 
+def test_a_trial_whose_process_died_is_proposed_again_so_many_times_and_then_failed(tmp_path: Path) -> None:
+    record = Record(tmp_path / "r.jsonl")
+    searcher = OptunaSearcher(Space(SPACE, BASE), [LOSS], SearcherConfig(), 0, 1, record, max_failures=2)
+    first = searcher.suggest("0")
+    for attempt in ("1", "2"):
+        assert searcher.suggest("waits") is None  # while one runs that may have to run again
+        searcher.on_trial_complete(str(int(attempt) - 1), error=True)
+        assert record.entries[first["trial_id"]].state == RUNNING
+        assert searcher.suggest(attempt) == first
+    searcher.on_trial_complete("2", error=True)
+    assert record.entries[first["trial_id"]].state == FAIL
+    assert "3 times" in record.entries[first["trial_id"]].reason
+    assert searcher.suggest("3") == Searcher.FINISHED
+
+
 def test_unfinished_trials_come_first_and_under_their_own_names(draw: Draw, tmp_path: Path) -> None:
     record = Record(tmp_path / "r.jsonl")
     record.propose(Entry("baseline-dense", {}, {"seed": 1}, baseline=True))
@@ -107,7 +122,11 @@ def test_unfinished_trials_come_first_and_under_their_own_names(draw: Draw, tmp_
     first.on_trial_complete("2", {"step": 3, "held_out_loss": 1.0})
     again = searcher_of(Record(tmp_path / "r.jsonl"), [LOSS], samples=6)
     assert again.remaining == 6
-    later = [again.suggest(str(i)) for i in range(7)]
+    later = [again.suggest(str(i)) for i in range(6)]
+    assert again.suggest("6") is None
+    for i in range(6):
+        again.on_trial_complete(str(i), {"step": 3, "held_out_loss": 1.0, "complete": True})
+    later.append(again.suggest("7"))
     assert [p["trial_id"] for p in later[:3]] == [names[0], *names[2:]]
     assert later[6] == Searcher.FINISHED
     assert len({p["trial_id"] for p in later[:6]} | set(names)) == 7
