@@ -43,15 +43,17 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     command += ["--include-dashboard=true", "--disable-usage-stats", "--object-store-memory=100000000"]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=tmp_path)
-    client = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    for _ in range(40):  # until its agent takes jobs
-        job = subprocess.run([RAY, "job", "submit", "--", "true"], env=client, capture_output=True, check=False)
-        if job.returncode == 0:
-            break
-        time.sleep(1)
-    yield client
-    process.terminate()
-    process.wait(timeout=60)
+    try:
+        client = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        for _ in range(40):  # until its agent takes jobs
+            job = subprocess.run([RAY, "job", "submit", "--", "true"], env=client, capture_output=True, check=False)
+            if job.returncode == 0:
+                break
+            time.sleep(1)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
 def test_a_submitted_sweep_runs_on_the_cluster_and_its_results_are_in_mlflow(
