@@ -132,9 +132,6 @@ class Tracking:
         else:
             self.client.log_artifact(run_id, str(path), place or None)
 
-    def log_text(self, run_id: str, text: str, name: str) -> None:
-        self.client.log_text(run_id, text, name)
-
     def download(self, run_id: str, place: str) -> Path:
         """A local copy of an artifact folder.
 

@@ -1,7 +1,6 @@
 """Which GPUs kernels can run on here, and whether this is our `kernels` that Python finds."""
 
 import importlib.util
-from pathlib import Path
 
 import torch
 
@@ -18,8 +17,3 @@ def problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
-
-
-def folder() -> Path:
-    """Where this package was imported from."""
-    return Path(__file__).parent

@@ -24,6 +24,11 @@ class SchedulerConfig:
     grace_period: int = setting(50, "optimizer steps before which no trial is stopped (asha)", ge=1)
     reduction_factor: int = setting(3, "one in this many trials goes on at each rung (asha)", ge=2)
 
+    def refuse_short(self, total_steps: int) -> None:
+        """Raise ConfigError where a trial's steps are fewer than the grace period."""
+        if self.kind == "asha" and self.grace_period > total_steps:
+            raise ConfigError("scheduler.grace_period", self.grace_period, f"must be <= a trial's {total_steps} steps")
+
 
 class Halving(AsyncHyperBandScheduler):
     """ASHA that knows trials by our names for them, and leaves baselines alone."""
@@ -53,10 +58,9 @@ def make_scheduler(
     Raises:
         ConfigError: the grace period is longer than a trial.
     """
+    config.refuse_short(total_steps)
     if config.kind == "none":
         return FIFOScheduler()
-    if config.grace_period > total_steps:
-        raise ConfigError("scheduler.grace_period", config.grace_period, f"must be <= a trial's {total_steps} steps")
     scheduler = Halving(
         time_attr="step",
         metric=objective.metric,

@@ -27,8 +27,7 @@ from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.floors import bigram_bits_per_byte
 from gsa.settings import setting
 from gsa.tracking import OBJECTIVES, Tracking, connect, git_tags
-from gsa.training.loop import has_indexer, make_model
-from gsa.training.stages import Plan
+from gsa.training.loop import total_steps
 from ray_jobs.cluster import concurrent_runs, running
 from ray_jobs.mlflow_callback import TrialRuns
 from ray_jobs.progress import SweepProgress
@@ -129,10 +128,8 @@ class Sweep:
     def run(self) -> Report:
         config = self.config
         data = prepare(config.train.data, Path(config.train.storage) / "data")
-        total_steps = self._total_steps(data)
-        if config.scheduler.kind == "asha" and config.scheduler.grace_period > total_steps:
-            allowed = f"must be <= a trial's {total_steps} steps"
-            raise ConfigError("scheduler.grace_period", config.scheduler.grace_period, allowed)
+        steps = total_steps(self.space.compose({}), data)
+        config.scheduler.refuse_short(steps)
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
         with locked(self.folder, f"sweep {config.name!r}"), running():
@@ -148,14 +145,14 @@ class Sweep:
             if config.dense_baseline and "baseline-dense" not in record.entries:
                 record.propose(Entry("baseline-dense", {}, dict(DENSE), baseline=True))
             concurrent = min(room, config.max_concurrent_trials or room)
-            interrupted = self._search(record, context, total_steps, concurrent)
+            interrupted = self._search(record, context, steps, concurrent)
             runs.reconcile(record)
             return self._conclude(tracking, parent, record, interrupted)
 
-    def _search(self, record: Record, context: TrialContext, total_steps: int, concurrent: int) -> bool:
+    def _search(self, record: Record, context: TrialContext, steps: int, concurrent: int) -> bool:
         """Run what is left of the sweep; whether it was interrupted."""
         config = self.config
-        scheduler = make_scheduler(config.scheduler, config.objectives[0], total_steps, record)
+        scheduler = make_scheduler(config.scheduler, config.objectives[0], steps, record)
         searcher = OptunaSearcher(
             self.space,
             config.objectives,
@@ -173,7 +170,7 @@ class Sweep:
             # it only waits for its workers, which ask for theirs; `concurrent` keeps room for them
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
         total = config.num_samples + config.dense_baseline
-        progress = SweepProgress(record, config.objectives, total, total_steps, self.console)
+        progress = SweepProgress(record, config.objectives, total, steps, self.console)
         with progress.shown(), _signals(searcher):
             # not `Tuner`, which would pickle the searcher: the record is the only memory of a sweep
             tune.run(
@@ -199,10 +196,6 @@ class Sweep:
         """Observe the record: a trial that has ended holds no workers."""
         if event["event"] == "end":
             release_workers(self.folder / "trials" / entry.trial_id)
-
-    def _total_steps(self, data: Prepared) -> int:
-        model = make_model(build(TrainConfig, json.loads(json.dumps(self.base))), data)
-        return Plan(self.config.train.training.stages, has_indexer(model)).total_steps
 
     def _refuse_namesake(self, tracking: Tracking) -> None:
         if not (self.folder / "sweep.yaml").exists() and tracking.find_run(run_key(self.config.name)) is not None:

@@ -24,8 +24,7 @@ from gsa.data.packing import prepare
 from gsa.errors import RunError
 from gsa.tracking import Tracking, connect, git_tags
 from gsa.training import checkpoint
-from gsa.training.loop import has_indexer, make_model
-from gsa.training.stages import Plan
+from gsa.training.loop import total_steps
 from ray_jobs.cluster import concurrent_runs, running
 from ray_jobs.storage import locked, settle
 from ray_jobs.worker import Job, fit, one_line, release_workers, root_cause
@@ -61,20 +60,18 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
     """
     folder = Path(config.storage) / "train" / config.name
     asked = dataclasses.asdict(config)
-    total_steps = Plan(
-        config.training.stages, has_indexer(make_model(config, prepare(config.data, Path(config.storage) / "data")))
-    ).total_steps
+    steps = total_steps(config, prepare(config.data, Path(config.storage) / "data"))
     newest = checkpoint.latest(folder)
     if newest is not None:
         newest.refuse_other(config)
-        console.print(f"continuing from step {newest.step} of {total_steps}", highlight=False)
+        console.print(f"continuing from step {newest.step} of {steps}", highlight=False)
     tracking = connect(config.tracking, config.storage)
     job = Job(asked, str(folder), f"train/{config.name}", config.name, tags=git_tags())
     with locked(folder, f"run {config.name!r}"), running():
         concurrent_runs(config.workers)
         run_id = tracking.start_run(job.run_key, job.run_name, tags=job.tags)
         try:
-            with _terminable(), _progress(tracking, run_id, total_steps, console):
+            with _terminable(), _progress(tracking, run_id, steps, console):
                 _fit_apart(job)
         except KeyboardInterrupt:
             tracking.finish(run_id, "killed", "interrupted")

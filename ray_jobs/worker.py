@@ -149,8 +149,8 @@ def work(job: Job, report: Report) -> None:
         if "held_out_loss" in metrics:
             report({**metrics, "step": step, "complete": complete})
 
-    watch = contextlib.nullcontext()
+    watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if tracking is not None and config.tracking.system_metrics:
-        watch = tracking.system_metrics(run_id)  # type: ignore[assignment]
+        watch = tracking.system_metrics(run_id)
     with watch:
         trainer.train(log)

@@ -86,6 +86,11 @@ def has_indexer(model: GSAForCausalLM) -> bool:
     return bool(model.indexer_parameters())
 
 
+def total_steps(config: "TrainConfig", data: Prepared) -> int:
+    """Optimizer steps of a run; fills in what `make_model` fills in, and raises what it raises."""
+    return Plan(config.training.stages, has_indexer(make_model(config, data))).total_steps
+
+
 class Trainer:
     """One run's state: model, optimizer, position and counters.
 
