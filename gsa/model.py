@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gsa.attention.attention import AttentionConfig, AttentionResult, GatedSparseAttention, Stage
+from gsa.attention.attention import AttentionResult, GatedSparseAttention
 from gsa.attention.cache import Cache
+from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.controller import Uncertainty
 from gsa.attention.statistics import Sums
 from gsa.errors import ConfigError, RequestError
@@ -64,7 +65,8 @@ class ModelConfig:
     def check(self, prefix: str) -> None:
         if len(self.layers) > self.num_layers:
             raise ConfigError(join(prefix, "layers"), len(self.layers), f"must have <= num_layers = {self.num_layers}")
-        for i in range(self.num_layers):
+        # Layers beyond are like these: a reused layer lies below the first that reuses it, so among `layers`.
+        for i in range(min(self.num_layers, 2 * len(self.layers) + 1)):
             layer = self.attention_of(i)
             names = {join(f"{prefix}.layers[{i}]", ".".join(path)): name for name, path in LAYER_SETTINGS.items()}
             try:
@@ -109,7 +111,7 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, hidden, bias=False)
 
-    def forward(self, hidden: Tensor, starts: Tensor, options: dict[str, Any]) -> tuple[Tensor, AttentionResult]:
+    def forward(self, hidden: Tensor, starts: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, AttentionResult]:
         result = self.attention.attend(self.attention_norm(hidden), starts, **options)
         hidden = hidden + result.output
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
@@ -172,7 +174,9 @@ class GSAForCausalLM(nn.Module):
     ) -> ModelOutput:
         """`forward` with what training and diagnosis want to know; the options are those of the attention layer."""
         batch, length = tokens.shape
-        all_starts = (cache or Cache(0)).extend_starts(starts, batch, length, tokens.device)
+        all_starts = starts  # None says that no document starts later, which needs no mask
+        if starts is not None or cache is not None:
+            all_starts = (cache or Cache(0)).extend_starts(starts, batch, length, tokens.device)
         hidden = self.embedding(tokens)
         results: list[AttentionResult] = []
         largest: list[Tensor] = []

@@ -1,19 +1,29 @@
-"""Which GPUs kernels can run on here, and whether this is our `kernels` that Python finds."""
+"""Which GPUs kernels can run on here, and how they are launched."""
 
 import importlib.util
+import os
 
 import torch
+from torch import Tensor
 
 OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter: kernels run on the CPU, slowly
 
 
 def problem() -> str | None:
     """Why Triton kernels cannot run on this machine, in one line; `None` where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRET:
+        return None
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
         return f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}: sm_80 (Ampere) or newer is needed"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     return None
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` goes to its Triton kernel rather than to its PyTorch definition."""
+    return tensor.is_cuda or INTERPRET

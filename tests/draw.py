@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsa.attention.attention import AttentionConfig, GatedSparseAttention
+from gsa.attention.attention import GatedSparseAttention
+from gsa.attention.config import AttentionConfig
 from gsa.attention.controller import ControllerConfig
 from gsa.attention.gates import PLACES, GateConfig
 from gsa.attention.indexer import IndexerConfig

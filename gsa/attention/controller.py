@@ -34,9 +34,20 @@ class Controller(nn.Module, ABC):
         super().__init__()
         self.config, self.temperature = config, temperature
 
-    @abstractmethod
     def wanted(self, seen: Seen) -> Tensor:
         """The number of keys wanted, [B, C], before clipping."""
+        wanted = self.ahead(seen.available, seen.hidden)
+        assert wanted is not None, "a controller knows the number ahead of the scores or overrides this"
+        return wanted
+
+    def ahead(self, available: Tensor, hidden: Tensor) -> Tensor | None:
+        """The number wanted where no score is needed to know it, [B, C] integers, else `None`.
+
+        Args:
+            available: [B, C], how many keys each query may see.
+            hidden: [B, C, D], the queries' hidden states.
+        """
+        return None
 
     def nominal(self, available: Tensor) -> Tensor:
         """The k by which two-level selection sizes its candidates, [B, C], known before any score is."""
@@ -60,15 +71,15 @@ class Controller(nn.Module, ABC):
 class Fixed(Controller):
     """k_t = k."""
 
-    def wanted(self, seen: Seen) -> Tensor:
-        return torch.full_like(seen.scores[..., 0], self.config.k)
+    def ahead(self, available: Tensor, hidden: Tensor) -> Tensor:
+        return torch.full_like(available, self.config.k)
 
 
 class Ratio(Controller):
     """k_t = ⌈ratio · (t + 1)⌉, t counted within the document."""
 
-    def wanted(self, seen: Seen) -> Tensor:
-        return self.nominal(seen.available)
+    def ahead(self, available: Tensor, hidden: Tensor) -> Tensor:
+        return self.nominal(available)
 
     def nominal(self, available: Tensor) -> Tensor:
         # fp64, and less than an ulp's worth of slack: 0.1 · 30 is 3, not the 3.0000000000000004 that rounds up to 4
@@ -145,8 +156,8 @@ class Learned(Controller):
         super().__init__(config, hidden_size, temperature)
         self.head = nn.Linear(hidden_size, 1)
 
-    def wanted(self, seen: Seen) -> Tensor:
-        return self._log_k(seen.hidden).exp()
+    def ahead(self, available: Tensor, hidden: Tensor) -> Tensor:
+        return self._log_k(hidden).exp().ceil().long()
 
     def nominal(self, available: Tensor) -> Tensor:
         return torch.full_like(available, self.config.k_max)

@@ -18,7 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from gsa.attention.attention import AttentionConfig, GatedSparseAttention, Stage
+from gsa.attention.attention import GatedSparseAttention
+from gsa.attention.config import AttentionConfig, Stage
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from gsa.attention.attention import Stage
+from gsa.attention.config import Stage
 from gsa.attention.statistics import Sums, add, means
 from gsa.data.packing import Prepared
 from gsa.model import GSAForCausalLM

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gsa.attention.attention import Stage
+from gsa.attention.config import Stage
 from gsa.attention.statistics import Sums, add, means
 from gsa.data.packing import Prepared, Shuffled
 from gsa.errors import ConfigError, RequestError, RunError

@@ -9,7 +9,7 @@
 
 import dataclasses
 
-from gsa.attention.attention import Stage
+from gsa.attention.config import Stage
 from gsa.model import GSAForCausalLM
 from gsa.settings import setting
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gsa.attention.attention import Stage
+from gsa.attention.config import Stage
 from gsa.attention.statistics import Sums
 from gsa.data.packing import Batch
 from gsa.model import GSAForCausalLM

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gsa.attention.attention import AttentionConfig, Stage
 from gsa.attention.cache import Cache
+from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.controller import ControllerConfig, Uncertainty
 from gsa.attention.selection import SelectionConfig
 from gsa.attention.statistics import means
@@ -157,7 +157,7 @@ def test_forward_moves_no_buffer_and_update_references_moves_those_of_training(d
         controller = block.attention.controller
         assert isinstance(controller, Uncertainty) == bool(count > 0)
         if isinstance(controller, Uncertainty):
-            assert count == 2 * 13
+            assert count == 2 * math.ceil(13 / block.attention.config.selection.share)
             assert_close(controller.reference, total / count)
 
 

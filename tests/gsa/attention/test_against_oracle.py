@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gsa.attention.attention import AttentionResult, GatedSparseAttention, Stage
+from gsa.attention.attention import AttentionResult, GatedSparseAttention
+from gsa.attention.config import Stage
 from gsa.attention.oracle import OracleResult, oracle_attention
 from tests.draw import CONTROLLERS, INDEXERS, Draw
 

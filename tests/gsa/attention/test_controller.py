@@ -102,7 +102,7 @@ def test_reference_is_the_running_mean_of_the_uncertainty(draw: Draw, kind: str)
 
 
 def test_uncertainty_is_gathered_in_training_only_and_adds_up_over_calls(draw: Draw) -> None:
-    layer = draw.layer(draw.config("variance"))
+    layer = draw.layer(draw.config("variance", share=1))
     hidden = draw.hidden(layer, 4, 8)
     assert layer.eval().attend(hidden).uncertainty is None
     layer.train()

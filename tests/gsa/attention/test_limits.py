@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from gsa.attention.attention import AttentionConfig, GatedSparseAttention
+from gsa.attention.attention import GatedSparseAttention
 from gsa.attention.cache import LayerCache
+from gsa.attention.config import AttentionConfig
 from gsa.attention.controller import ControllerConfig
 from gsa.attention.gates import GateConfig
 from gsa.attention.rope import rope

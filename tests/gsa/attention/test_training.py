@@ -10,7 +10,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gsa.attention.attention import GatedSparseAttention, Stage
+from gsa.attention.attention import GatedSparseAttention
+from gsa.attention.config import Stage
 from gsa.attention.gates import PLACES
 from tests.draw import CONTROLLERS, INDEXERS, Draw
 

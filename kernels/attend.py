@@ -1,0 +1,280 @@
+"""Attention of grouped heads over a selection, forward and backward.
+
+A program takes a tile of neighbouring queries and those of their heads that share one key/value head, 128 rows
+together, and walks through the union of the tile's selections: keys that some query of the tile wants are read once,
+and the word of each key masks the queries that do not.
+
+- Floors: 4·d operations per head, query and key of the union; each tile reads 4·d bytes per key of its union and
+  key/value head.
+- Nothing of size [T, S] exists beyond the words; lists of unions exist for `CHUNK` queries at a time.
+- Backward: gradients of queries are gathered in registers, those of keys and values by relaxed atomics
+  (`kernels.gradient`).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gradient import Gradient, add
+from kernels.support import INTERPRET, runs_triton
+from kernels.unions import unions
+from kernels.words import WORD, unpack
+
+CHUNK = 8192  # queries whose unions are listed at once
+ROWS = 128  # queries × heads of a program
+LOG2_E = math.log2(math.e)
+
+
+class Tiles(NamedTuple):
+    """How queries and heads are cut into programs."""
+
+    queries: int  # of one tile, a power of two up to 32
+    heads: int  # of one program, a power of two; those beyond the group are masked
+    parts: int  # programs for the heads of one key/value head
+
+    @classmethod
+    def of(cls, group: int, rows: int = ROWS) -> "Tiles":
+        heads = min(triton.next_power_of_2(group), rows)
+        return cls(min(WORD, rows // heads), heads, -(-group // heads))
+
+
+def attend_definition(q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """What `attend` computes, in plain PyTorch and at least fp32."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[2] // k.shape[2]
+    mask = unpack(words, q.shape[1])[:, None]  # [B, 1, T, S]
+    keys = k.repeat_interleave(group, 2).transpose(1, 2).to(precise)
+    values = v.repeat_interleave(group, 2).transpose(1, 2).to(precise)
+    logits = q.transpose(1, 2).to(precise) @ keys.transpose(2, 3) / math.sqrt(q.shape[3])
+    logits = logits.masked_fill(~mask, -math.inf)
+    lse = logits.logsumexp(-1)
+    attention = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    return (attention @ values).transpose(1, 2).to(q.dtype), lse.transpose(1, 2).contiguous()
+
+
+def attend_backward_definition(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, words: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `attend_backward` computes, in plain PyTorch and at least fp32."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    group, scale = q.shape[2] // k.shape[2], 1 / math.sqrt(q.shape[3])
+    mask = unpack(words, q.shape[1])[:, None]
+    queries, keys, values = (x.to(precise) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    logits = torch.einsum("bthd,bshd->bhts", queries, keys) * scale - lse.to(precise).transpose(1, 2)[..., None]
+    p = logits.masked_fill(~mask, -math.inf).exp()
+    upstream = grad.to(precise)
+    inner = (upstream * out.to(precise)).sum(-1).transpose(1, 2)[..., None]
+    ds = p * (torch.einsum("bthd,bshd->bhts", upstream, values) - inner) * scale
+    dk = torch.einsum("bhts,bthd->bshd", ds, queries).unflatten(2, (-1, group)).sum(3)
+    dv = torch.einsum("bhts,bthd->bshd", p, upstream).unflatten(2, (-1, group)).sum(3)
+    return torch.einsum("bhts,bshd->bthd", ds, keys).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@torch.library.custom_op("gsa::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the keys selected for it.
+
+    Args:
+        q: [B, T, H, d].
+        k: [B, S, K, d], K a divisor of H.
+        v: [B, S, K, d].
+        words: [B, ⌈T/32⌉, S] int32, the selection (`kernels.words`).
+        most: a bound on the number of keys that one query selects.
+        deterministic: gradients equal from run to run, more slowly.
+
+    Returns:
+        The output [B, T, H, d] in the type of `q`, 0 for a query without keys, and the logarithm of the sum of
+        exp(q·k/√d), [B, T, H] fp32, −inf for a query without keys.
+    """
+    if not runs_triton(q):
+        return attend_definition(q, k, v, words)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    batch, length, heads, size = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
+    tiles, kv_heads = Tiles.of(heads // k.shape[2]), k.shape[2]
+    for first in range(0, length, CHUNK):
+        part = words[:, first // WORD : (first + CHUNK) // WORD].contiguous()
+        lists = unions(part, tiles.queries, min(most * tiles.queries, k.shape[1]))
+        grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
+        _forward[grid](
+            q, k, v, *lists, out, lse, LOG2_E / math.sqrt(size), first, length, k.shape[1], lists.keys.shape[2],
+            HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads, PARTS=tiles.parts,
+            **_meta(q, tiles),
+        )  # fmt: skip
+    return out, lse
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gsa::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    most: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend`'s output with respect to q, k and v, in their types."""
+    if not runs_triton(q):
+        return attend_backward_definition(grad, q, k, v, words, out, lse)
+    q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
+    batch, length, heads, size = q.shape
+    kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2])
+    delta = (grad.float() * out.float()).sum(-1)
+    scale = 1 / math.sqrt(size)
+    dq = torch.empty_like(q)
+    norms = (
+        [x.float().norm(dim=-1).amax() for x in (grad, q, v)] if q.numel() and k.numel() else [delta.new_zeros(())] * 3
+    )
+    dv = Gradient(v, norms[0], length * heads, deterministic)
+    dk = Gradient(k, 2 * scale * norms[0] * norms[1] * norms[2], length * heads, deterministic)
+    for first in range(0, length, CHUNK):
+        part = words[:, first // WORD : (first + CHUNK) // WORD].contiguous()
+        lists = unions(part, tiles.queries, min(most * tiles.queries, k.shape[1]))
+        grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
+        _backward[grid](
+            q, k, v, *lists, grad, lse, delta, dq, dk.sum, dv.sum, dk.unit, dv.unit, scale, first, length, k.shape[1],
+            lists.keys.shape[2], HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads,
+            PARTS=tiles.parts, FIXED=deterministic, **_meta(q, tiles, backward=True),
+        )  # fmt: skip
+    return dq, dk.result(), dv.result()
+
+
+@attend_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    most: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, words, most, deterministic = inputs
+    ctx.save_for_backward(q, k, v, words, *output)
+    ctx.options = (most, deterministic)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, _):
+    return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+attend.register_autograd(_differentiate, setup_context=_save)
+
+
+def _rounded(q: Tensor) -> bool:
+    """Whether probabilities are rounded to the type of `q` before they multiply values, as tensor cores want it."""
+    return q.dtype != torch.float32
+
+
+def _meta(q: Tensor, tiles: Tiles, backward: bool = False) -> dict[str, int | bool]:
+    narrow = backward and q.shape[3] > 64
+    block = 16 if INTERPRET else 32 if narrow or q.dtype == torch.float32 else 64
+    warps = 8 if tiles.queries * tiles.heads >= 128 else 4
+    return {"BLOCK": block, "ROUNDED": _rounded(q), "num_warps": warps, "num_stages": 2}
+
+
+@triton.jit
+def _forward(
+    q, k, v, list_keys, list_words, counts, out, lse, scale, first, length, num_keys, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    tile, batch = tl.program_id(0), tl.program_id(2)
+    kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    row = tl.arange(0, TILE * PART)
+    query, in_group = first + tile * TILE + row // PART, part * PART + row % PART
+    real = (query < length) & (in_group < GROUP)
+    head_row = (batch.to(tl.int64) * length + query) * HEADS + kv_head * GROUP + in_group
+    bit = tile * TILE % 32 + row // PART
+    channel = tl.arange(0, D)
+    queries = tl.load(q + head_row[:, None] * D + channel, mask=real[:, None], other=0.0)
+    kv = (batch.to(tl.int64) * num_keys * KV_HEADS + kv_head) * D
+    entries = (batch.to(tl.int64) * tl.num_programs(0) + tile) * capacity
+    highest = tl.full((TILE * PART,), -1e30, tl.float32)
+    total = tl.zeros((TILE * PART,), tl.float32)
+    acc = tl.zeros((TILE * PART, D), tl.float32)
+    for i in range(0, tl.load(counts + batch * tl.num_programs(0) + tile), BLOCK):
+        entry = entries + i + tl.arange(0, BLOCK)
+        key, word = tl.load(list_keys + entry), tl.load(list_words + entry)
+        place = kv + key.to(tl.int64)[:, None] * (KV_HEADS * D) + channel
+        keys = tl.load(k + place)
+        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        logits = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        p = tl.exp2(logits - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        highest = higher
+        total = total * shrink + tl.sum(p, 1)
+        values = tl.load(v + place)
+        acc = tl.dot(p.to(values.dtype) if ROUNDED else p, values, acc * shrink[:, None], input_precision="ieee")
+    empty = total == 0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    tl.store(out + head_row[:, None] * D + channel, acc, mask=real[:, None])
+    log = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
+    tl.store(lse + head_row, log, mask=real)
+
+
+@triton.jit
+def _backward(
+    q, k, v, list_keys, list_words, counts, grad, lse, delta, dq, dk, dv, dk_unit, dv_unit, scale, first, length,
+    num_keys, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr, FIXED: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile's queries, and what the tile adds to those of keys and values."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    tile, batch = tl.program_id(0), tl.program_id(2)
+    kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    row = tl.arange(0, TILE * PART)
+    query, in_group = first + tile * TILE + row // PART, part * PART + row % PART
+    real = (query < length) & (in_group < GROUP)
+    head_row = (batch.to(tl.int64) * length + query) * HEADS + kv_head * GROUP + in_group
+    bit = tile * TILE % 32 + row // PART
+    channel = tl.arange(0, D)
+    queries = tl.load(q + head_row[:, None] * D + channel, mask=real[:, None], other=0.0)
+    upstream = tl.load(grad + head_row[:, None] * D + channel, mask=real[:, None], other=0.0)
+    log = tl.load(lse + head_row, mask=real, other=0.0) * 1.4426950408889634
+    log = tl.where(log == float("-inf"), 0.0, log)
+    inner = tl.load(delta + head_row, mask=real, other=0.0)
+    kv = (batch.to(tl.int64) * num_keys * KV_HEADS + kv_head) * D
+    entries = (batch.to(tl.int64) * tl.num_programs(0) + tile) * capacity
+    acc = tl.zeros((TILE * PART, D), tl.float32)
+    for i in range(0, tl.load(counts + batch * tl.num_programs(0) + tile), BLOCK):
+        entry = entries + i + tl.arange(0, BLOCK)
+        key, word = tl.load(list_keys + entry), tl.load(list_words + entry)
+        place = kv + key.to(tl.int64)[:, None] * (KV_HEADS * D) + channel
+        keys, values = tl.load(k + place), tl.load(v + place)
+        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * 1.4426950408889634)
+        p = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, tl.exp2(logits - log[:, None]), 0.0)
+        dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
+        ds = p * (dp - inner[:, None]) * scale
+        ds = ds.to(keys.dtype) if ROUNDED else ds
+        acc = tl.dot(ds, keys, acc, input_precision="ieee")
+        p = p.to(keys.dtype) if ROUNDED else p
+        wanted = (word != 0)[:, None]
+        add(dv, place, tl.dot(tl.trans(p), upstream, input_precision="ieee"), wanted, dv_unit, FIXED)
+        add(dk, place, tl.dot(tl.trans(ds), queries, input_precision="ieee"), wanted, dk_unit, FIXED)
+    tl.store(dq + head_row[:, None] * D + channel, acc, mask=real[:, None])
