@@ -1,10 +1,10 @@
 """Attention of grouped heads over a selection, forward and backward.
 
-A program takes a tile of neighbouring queries and those of their heads that share one key/value head, 128 rows
+A program takes a tile of neighbouring queries and those of their heads that share one key/value head, 64 or 128 rows
 together, and walks through the union of the tile's selections: keys that some query of the tile wants are read once,
 and the word of each key masks the queries that do not.
 
-- Floors: 4·d operations per head, query and key of the union; each tile reads 4·d bytes per key of its union and
+- Floor: 4·d operations per head, query and key of the union; each tile reads 4·d bytes per key of its union and
   key/value head.
 - Nothing of size [T, S] exists beyond the words; lists of unions exist for `CHUNK` queries at a time.
 - Backward: gradients of queries are gathered in registers, those of keys and values by relaxed atomics
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from kernels.gradient import Gradient, add
 from kernels.support import INTERPRET, runs_triton
-from kernels.unions import unions
+from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
 
 CHUNK = 8192  # queries whose unions are listed at once
-ROWS = 128  # queries × heads of a program
+FORWARD_ROWS, BACKWARD_ROWS = 64, 128  # queries × heads of a program, the fastest measured on an H100
 LOG2_E = math.log2(math.e)
 
 
@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
     parts: int  # programs for the heads of one key/value head
 
     @classmethod
-    def of(cls, group: int, rows: int = ROWS) -> "Tiles":
+    def of(cls, group: int, rows: int) -> "Tiles":
         heads = min(triton.next_power_of_2(group), rows)
         return cls(min(WORD, rows // heads), heads, -(-group // heads))
 
@@ -53,7 +53,7 @@ def attend_definition(q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> tuple[T
     logits = logits.masked_fill(~mask, -math.inf)
     lse = logits.logsumexp(-1)
     attention = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
-    return (attention @ values).transpose(1, 2).to(q.dtype), lse.transpose(1, 2).contiguous()
+    return (attention @ values).transpose(1, 2).to(q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
 
 
 def attend_backward_definition(
@@ -71,7 +71,8 @@ def attend_backward_definition(
     ds = p * (torch.einsum("bthd,bshd->bhts", upstream, values) - inner) * scale
     dk = torch.einsum("bhts,bthd->bshd", ds, queries).unflatten(2, (-1, group)).sum(3)
     dv = torch.einsum("bhts,bthd->bshd", p, upstream).unflatten(2, (-1, group)).sum(3)
-    return torch.einsum("bhts,bshd->bthd", ds, keys).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dq = torch.einsum("bhts,bshd->bthd", ds, keys)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 @torch.library.custom_op("gsa::attend", mutates_args=())
@@ -84,7 +85,8 @@ def attend(
         q: [B, T, H, d].
         k: [B, S, K, d], K a divisor of H.
         v: [B, S, K, d].
-        words: [B, ⌈T/32⌉, S] int32, the selection (`kernels.words`).
+        words: [B, ⌈T/32⌉, S] int32, the selection (`kernels.words`); the queries are the last T of the S keys, and none
+            selects a key after itself.
         most: a bound on the number of keys that one query selects.
         deterministic: gradients equal from run to run, more slowly.
 
@@ -98,10 +100,10 @@ def attend(
     batch, length, heads, size = q.shape
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    tiles, kv_heads = Tiles.of(heads // k.shape[2]), k.shape[2]
+    tiles, kv_heads = Tiles.of(heads // k.shape[2], FORWARD_ROWS), k.shape[2]
     for first in range(0, length, CHUNK):
-        part = words[:, first // WORD : (first + CHUNK) // WORD].contiguous()
-        lists = unions(part, tiles.queries, min(most * tiles.queries, k.shape[1]))
+        part = words[:, first // WORD : (first + CHUNK) // WORD]
+        lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         _forward[grid](
             q, k, v, *lists, out, lse, LOG2_E / math.sqrt(size), first, length, k.shape[1], lists.keys.shape[2],
@@ -113,7 +115,7 @@ def attend(
 
 @attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("gsa::attend_backward", mutates_args=())
@@ -133,7 +135,7 @@ def attend_backward(
         return attend_backward_definition(grad, q, k, v, words, out, lse)
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     batch, length, heads, size = q.shape
-    kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2])
+    kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2], BACKWARD_ROWS)
     delta = (grad.float() * out.float()).sum(-1)
     scale = 1 / math.sqrt(size)
     dq = torch.empty_like(q)
@@ -143,13 +145,13 @@ def attend_backward(
     dv = Gradient(v, norms[0], length * heads, deterministic)
     dk = Gradient(k, 2 * scale * norms[0] * norms[1] * norms[2], length * heads, deterministic)
     for first in range(0, length, CHUNK):
-        part = words[:, first // WORD : (first + CHUNK) // WORD].contiguous()
-        lists = unions(part, tiles.queries, min(most * tiles.queries, k.shape[1]))
+        part = words[:, first // WORD : (first + CHUNK) // WORD]
+        lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         _backward[grid](
             q, k, v, *lists, grad, lse, delta, dq, dk.sum, dv.sum, dk.unit, dv.unit, scale, first, length, k.shape[1],
             lists.keys.shape[2], HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads,
-            PARTS=tiles.parts, FIXED=deterministic, **_meta(q, tiles, backward=True),
+            PARTS=tiles.parts, FIXED=deterministic, **_meta(q, tiles, backward=True, fixed=deterministic),
         )  # fmt: skip
     return dq, dk.result(), dv.result()
 
@@ -166,7 +168,7 @@ def _(
     most: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
@@ -188,11 +190,10 @@ def _rounded(q: Tensor) -> bool:
     return q.dtype != torch.float32
 
 
-def _meta(q: Tensor, tiles: Tiles, backward: bool = False) -> dict[str, int | bool]:
-    narrow = backward and q.shape[3] > 64
-    block = 16 if INTERPRET else 32 if narrow or q.dtype == torch.float32 else 64
+def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:
+    block = 16 if INTERPRET else 32 if fixed else 64  # int64 atomics take twice the registers
     warps = 8 if tiles.queries * tiles.heads >= 128 else 4
-    return {"BLOCK": block, "ROUNDED": _rounded(q), "num_warps": warps, "num_stages": 2}
+    return {"BLOCK": block, "ROUNDED": _rounded(q), "num_warps": warps, "num_stages": 2 if backward else 3}
 
 
 @triton.jit

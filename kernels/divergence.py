@@ -19,7 +19,7 @@ from kernels.gradient import Gradient, add
 from kernels.scan import KINDS, sigmoid
 from kernels.select import Scores, scores_definition
 from kernels.support import INTERPRET, runs_triton
-from kernels.unions import unions
+from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
 
 CHUNK = 8192  # queries whose unions are listed at once
@@ -216,13 +216,13 @@ class _Launch:
             "KIND": KINDS[kind], "INDEX_HEADS": index_heads, "PADDED": triton.next_power_of_2(index_heads),
             "INDEX_D": index_size, "INDEX_P": max(triton.next_power_of_2(index_size), 16),
             "FAST": not INTERPRET, "ROUNDED": q.dtype != torch.float32, "BLOCK": 16 if INTERPRET else 64,
-            "num_warps": 4, "num_stages": 2,
+            "num_warps": 8, "num_stages": 2,
         }  # fmt: skip
 
     def chunks(self):
         for first in range(0, self.length, CHUNK):
-            part = self.words[:, first // WORD : (first + CHUNK) // WORD].contiguous()
-            lists = unions(part, WORD, min(self.most * WORD, self.num_keys))
+            part = self.words[:, first // WORD : (first + CHUNK) // WORD]
+            lists = unions(part, causal_ends(part, self.length, first), WORD, min(self.most * WORD, self.num_keys))
             sizes = (first, self.length, self.num_keys, lists.keys.shape[2])
             yield lists, (*self.tensors, *lists, *self.scalars, *sizes)
 

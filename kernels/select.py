@@ -13,16 +13,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels import scan
 from kernels.support import INTERPRET, runs_triton
-from kernels.unions import Unions, unions
+from kernels.unions import unions
 from kernels.windows import Windows
 from kernels.words import WORD, pack, unpack
 
-CHUNK = 8192  # queries handled at once: bounds the memory of lists and samples
-SAMPLES = 8192  # of a query at most
-SIGMAS = 4.5  # a bound is this many deviations lower than the samples say
+CHUNK = 4096  # queries handled at once: bounds the memory of samples and of marked scores
+SAMPLES = 4096  # of a query at most
+SIGMAS = 5  # a bound is this many deviations lower than the samples say
+FEW = 8  # queries whose marked scores are chosen from together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +152,34 @@ def select(
 
 
 @select.register_fake
-def _(q: Tensor, k: Tensor, *rest: Any, share: int = 1, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    starts: Tensor,
+    nominal: Tensor,
+    wanted: Tensor,
+    reference: Tensor | None,
+    leader: Tensor | None,
+    kind: str = "gated_sigmoid",
+    controller: str = "given",
+    k_base: int = 2048,
+    k_min: int = 1,
+    k_max: int = 2048,
+    temperature: float = 1.0,
+    tau: float = 10.0,
+    threshold: float = 1.0,
+    local_window: int = 0,
+    sink_tokens: int = 0,
+    share: int = 1,
+    block: int = 0,
+    candidates: int = 8,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
     words = q.new_empty(batch, (length + WORD - 1) // WORD, keys, dtype=torch.int32)
-    shared = share if len(rest) < 17 else rest[16]
-    leader = q.new_empty(batch, keys if shared > 1 else 0, dtype=torch.bool)
-    return words, q.new_empty(batch, length, dtype=torch.float32), leader
+    statistic = q.new_empty(batch, length, dtype=torch.float32)
+    return words, statistic, q.new_empty(batch, keys if share > 1 else 0, dtype=torch.bool)
 
 
 def _select(
@@ -332,70 +356,80 @@ def _best_triton(
     candidates: Tensor | None,
     words: Tensor,
 ) -> Tensor:
-    """Set the bits of the best keys in `words` [B, ⌈R/32⌉, S]; returns the statistic [B, R]."""
+    """Set the bits of the best keys in `words` [B, ⌈R/32⌉, S], which are 0; returns the statistic [B, R]."""
     batch, rows, heads, size = scores.q.shape
     num_keys, device = scores.k.shape[1], words.device
     plan = Sampling.of(most, num_keys)
-    lists: Unions | tuple[Tensor, Tensor, Tensor] = (words, words, words)  # not read
-    capacity = 0
+    listed = candidates is not None
+    ends = F.pad(asked.lasts + 1, (0, -rows % WORD)).unflatten(1, (-1, WORD)).amax(2).int()
+    lists: tuple[Tensor, Tensor, Tensor] = (words, words, words)  # not read
     if candidates is not None:
-        lists = unions(candidates, WORD, num_keys)
-        capacity = lists[0].shape[2]
-    tile = 16 if INTERPRET else 64
-    tile = WORD if candidates is not None else tile
-    empty = torch.empty(0, dtype=torch.float32, device=device)
-    starts, lasts = asked.starts.int().contiguous(), asked.lasts.int().contiguous()
-    common = (
-        scores.q.contiguous(), scores.k.contiguous(), empty if scores.weight is None else scores.weight.contiguous(),
-        empty if scores.bias is None else scores.bias, starts, lasts, *lists,
+        lists = unions(candidates, ends, WORD, num_keys)
+    capacity = lists[0].shape[2] if listed else 0
+    none = torch.empty(0, dtype=torch.float32, device=device)
+    inputs = (
+        scores.q.contiguous(), scores.k.contiguous(), none if scores.weight is None else scores.weight.contiguous(),
+        none if scores.bias is None else scores.bias, asked.starts.int().contiguous(), asked.lasts.int().contiguous(),
     )  # fmt: skip
     shape = {
-        "LISTED": candidates is not None, "KIND": scan.KINDS[rule.kind], "HEADS": heads, "D": size,
-        "DP": max(triton.next_power_of_2(size), 16), "FAST": not INTERPRET, "M": tile, "N": 16 if INTERPRET else 128,
-        "RAW": heads == 1 and rule.controller == "given", "num_warps": 4, "num_stages": 2,
+        "KIND": scan.KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(triton.next_power_of_2(size), 16),
+        "FAST": not INTERPRET, "RAW": heads == 1 and rule.controller == "given",
     }  # fmt: skip
-    limits = (rule.local_window, rule.sink_tokens, rows, num_keys, capacity)
-    grid = (triton.cdiv(rows, tile), batch)
-    counts = torch.empty(batch, rows, dtype=torch.int32, device=device)
-    numbers, statistic = torch.empty_like(counts), torch.zeros(batch, rows, dtype=torch.float32, device=device)
-    wanted = _number(asked, statistic, None, rule, asked.available) if rule.controller == "given" else None
+    wide = {"LISTED": listed, "M": WORD, "N": 16 if INTERPRET else 128, "num_warps": 8, "num_stages": 3, **shape}
+    forced, sizes = (rule.local_window, rule.sink_tokens), (rows, num_keys, capacity)
+    grid = (triton.cdiv(rows, WORD), batch)
+    numbers = torch.empty(batch, rows, dtype=torch.int32, device=device)
+    statistic = torch.zeros(batch, rows, dtype=torch.float32, device=device)
+    given = rule.controller == "given"
+    wanted = _number(asked, statistic, None, rule, asked.available) if given else asked.available.clamp_max(most)
 
     bounds = torch.full((batch, rows), math.nan, dtype=torch.float32, device=device)
     if num_keys > plan.room:
-        limit = asked.available.clamp_max(most) if wanted is None else wanted
-        ranks = torch.where(asked.available > plan.room, plan.rank(limit), 0)
+        ranks = torch.where(asked.available > plan.room, plan.rank(wanted), 0)
         samples = torch.empty(batch, rows, triton.cdiv(num_keys, plan.stride), dtype=torch.float32, device=device)
-        ends = torch.empty(batch, grid[0], dtype=torch.int32, device=device)
-        scan.sample[grid](*common, samples, ends, *limits, plan.stride, samples.shape[2], **shape)
+        lengths = torch.empty(batch, grid[0], dtype=torch.int32, device=device)
+        scan.sample[grid](*inputs, *lists, samples, lengths, *sizes, plan.stride, samples.shape[2], **wide)
         scan.bound[(rows, batch)](
-            samples, ends, ranks, bounds, rows, samples.shape[2], grid[0], M=tile,
+            samples, lengths, ranks, bounds, rows, samples.shape[2], grid[0], TILE=WORD,
             P=triton.next_power_of_2(samples.shape[2]), num_warps=4,
         )  # fmt: skip
-    found = torch.empty(batch, rows, plan.room, dtype=torch.int64, device=device)
-    scan.collect[grid](
-        *common, bounds, found, counts, numbers, statistic, *limits, plan.room, rule.tau, rule.threshold,
-        SUM=scan.SUMS[rule.controller], **shape,
+    scan.mark[grid](
+        *inputs, *lists, bounds, words, words.stride(0), numbers, statistic, *forced, *sizes, rule.tau, rule.threshold,
+        SUM=scan.SUMS[rule.controller], **wide,
     )  # fmt: skip
-    number = numbers if candidates is not None else asked.available
-    wanted = _number(asked, statistic, reference, rule, number).int()
-    scan.search[grid](*common, wanted, found, counts, *limits, plan.room, **shape)
-    scan.choose[(rows, batch)](
-        found, counts, wanted, words, words.stride(0), rows, num_keys, plan.room, P=plan.room, num_warps=4
+    wanted = _number(asked, statistic, reference, rule, numbers if listed else asked.available).int()
+
+    marked = unions(words, ends, FEW, min(FEW * plan.room, num_keys))
+    room = marked.keys.shape[2]
+    values = torch.empty(batch, marked.keys.shape[1], FEW, room, dtype=torch.int32, device=device)
+    scan.rescore[(marked.keys.shape[1], batch)](
+        *inputs, *marked, values, *forced, rows, num_keys, room, TILE=FEW, N=wide["N"], num_warps=4, **shape
+    )
+    states = torch.empty(batch, rows, dtype=torch.int32, device=device)
+    chosen = (wanted, words, words.stride(0), states)
+    marked_scores = (values, marked.keys, marked.counts, *chosen, rows, num_keys, room)
+    few, many, some = (16, 32, 16) if INTERPRET else (8192, 16384, 1024)
+    scan.choose[(rows, batch)](*marked_scores, TILE=FEW, P=few, DONE_TO=-1, num_warps=8)
+    if room > few:
+        scan.choose[(rows, batch)](*marked_scores, TILE=FEW, P=many, DONE_TO=few, num_warps=16)
+    scan.choose_tied[(rows, batch)](*marked_scores, TILE=FEW, P=some, num_warps=4)
+    scan.search[(triton.cdiv(rows, 16), batch)](
+        *inputs, *lists, *chosen, *forced, *sizes, M=16, N=wide["N"], LISTED=listed, num_warps=4, **shape
     )
     return statistic if rule.controller in ("variance", "entropy") else torch.zeros_like(statistic)
 
 
 class Sampling(NamedTuple):
-    """How a bound is taken: from every `stride`-th key, so that lists have `room` for what exceeds it."""
+    """How a bound is taken: from every `stride`-th key, so that at most `room` keys of a query exceed it."""
 
     stride: int
     room: int
 
     @classmethod
     def of(cls, most: int, num_keys: int) -> "Sampling":
-        stride = max(triton.next_power_of_2(most) // 128, triton.cdiv(num_keys, SAMPLES), 4)
+        stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
         rank = _rank(most / stride)
-        return cls(stride, max(triton.next_power_of_2(math.ceil(stride * (rank + (SIGMAS + 1) * rank**0.5))), 64))
+        return cls(stride, max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64))
 
     def rank(self, wanted: Tensor) -> Tensor:
         """Which of the samples, from above, the bound is, for numbers of keys wanted."""

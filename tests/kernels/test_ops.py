@@ -1,0 +1,191 @@
+"""The custom operators: what PyTorch demands of them, and kernels against their definitions."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from kernels.attend import attend
+from kernels.divergence import divergence
+from kernels.select import select
+from kernels.windows import spread, visible
+from kernels.words import pack, unpack
+from tests.draw import INDEXERS, Draw
+
+MODULES = [importlib.import_module(f"kernels.{name}") for name in ("attend", "divergence", "select", "windows")]
+
+
+@pytest.fixture
+def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators go to their PyTorch definitions, as they do on a CPU outside of Triton's interpreter."""
+    use_definitions(monkeypatch)
+
+
+def use_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in MODULES:
+        monkeypatch.setattr(module, "runs_triton", lambda _: False)
+
+
+def normal(draw: Draw, *shape: int) -> Tensor:
+    return draw.normal(*shape, dtype=torch.float32)
+
+
+def causal(draw: Draw, batch: int, length: int, keys: int) -> Tensor:
+    """A random selection that looks at no later key; some queries select nothing."""
+    positions = torch.arange(keys - length, keys)
+    return (draw.integers(0, 2, batch, length, keys) == 0) & (torch.arange(keys) <= positions[:, None])
+
+
+def attention(draw: Draw, group: int = 2, length: int = 35, keys: int = 40, size: int = 16) -> list[Any]:
+    kv_heads = draw.random.choice([1, 2])
+    words = pack(causal(draw, 2, length, keys))
+    q, k, v = (normal(draw, 2, n, h, size) for n, h in ((length, kv_heads * group), (keys, kv_heads), (keys, kv_heads)))
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), words, keys]
+
+
+def kl(draw: Draw, kind: str) -> list[Any]:
+    q, k, v, words, keys = attention(draw)
+    lse = attend(q, k, v, words, keys)[1].detach()
+    heads, size = draw.random.choice([(1, 24), (3, 16)])
+    index_q, index_k = normal(draw, *q.shape[:2], heads, size), normal(draw, *k.shape[:2], size)
+    weight = None if kind == "sigmoid" else normal(draw, *q.shape[:2], heads).sigmoid()
+    bias = None if kind == "relu" else normal(draw, heads)
+    trained = [None if x is None else x.requires_grad_() for x in (index_q, index_k, weight, bias)]
+    return [q.detach(), k.detach(), lse, words, *trained, keys, kind, 10.0]
+
+
+def selection(draw: Draw, controller: str, kind: str, keys: int, length: int, integers: bool, **options: Any) -> Any:
+    heads, size = draw.random.choice([(1, 16), (1, 24), (3, 16)])
+    q, k = normal(draw, 2, length, heads, size), normal(draw, 2, keys, size)
+    weight, bias = normal(draw, 2, length, heads).sigmoid(), normal(draw, heads)
+    if integers:  # products are exact, so that scores tie
+        q, k = draw.integers(-1, 1, 2, length, heads, size).float(), draw.integers(-1, 1, 2, keys, size).float()
+        weight = torch.ones_like(weight)
+    starts = draw.random.choice([torch.zeros(2, keys, dtype=torch.long), draw.starts(2, keys)])
+    k_min = draw.random.choice([1, 4])
+    k_base = k_min + draw.random.choice([0, 5])
+    k_max = k_base + draw.random.choice([0, 8])
+    wanted = draw.integers(1, k_max, 2, length)
+    of_kind = (None if kind == "sigmoid" else weight, None if kind == "relu" else bias)
+    given = {"kind": kind, "controller": controller, "k_base": k_base, "k_min": k_min, "k_max": k_max}
+    drawn = {"local_window": draw.random.choice([0, 3]), "sink_tokens": draw.random.choice([0, 2])}
+    return (q, k, *of_kind, starts, wanted, wanted, torch.tensor(0.3), None), given | drawn | options
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_passes_opcheck(draw: Draw, definitions: None, deterministic: bool) -> None:
+    torch.library.opcheck(attend, (*attention(draw), deterministic))
+
+
+@pytest.mark.parametrize("kind", INDEXERS)
+def test_divergence_passes_opcheck(draw: Draw, definitions: None, kind: str) -> None:
+    torch.library.opcheck(divergence, tuple(kl(draw, kind)))
+
+
+def test_selection_and_windows_pass_opcheck(draw: Draw, definitions: None) -> None:
+    for share in (1, 4):
+        inputs, options = selection(draw, "variance", "relu", 40, 35, False, share=share)
+        torch.library.opcheck(select, inputs, options)
+    words = pack(causal(draw, 2, 64, 40))
+    torch.library.opcheck(spread, (words, draw.integers(0, 63, 2, 35), *draw.integers(0, 39, 2, 2, 35)))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 80])
+def test_attention_equals_its_definition(draw: Draw, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    length = draw.random.choice([1, 31, 70]) if group < 80 else 3
+    inputs = attention(draw, group, length, length + draw.random.choice([0, 9]), draw.random.choice([16, 32]))
+    found = []
+    for _ in range(2):
+        out, lse = attend(*inputs)
+        found.append((out, lse, *torch.autograd.grad(out.square().sum(), inputs[:3])))
+        use_definitions(monkeypatch)
+    assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    nothing = ~unpack(inputs[3], length).any(-1)
+    assert (found[0][0][nothing] == 0).all()
+    assert (found[0][1][nothing] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", INDEXERS)
+def test_divergence_equals_its_definition(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, kind: str, deterministic: bool
+) -> None:
+    inputs = kl(draw, kind)
+    trained = [x for x in inputs[4:8] if x is not None]
+    found = []
+    for _ in range(2):
+        loss, _ = divergence(*inputs, deterministic)
+        found.append((loss, *torch.autograd.grad(loss.square().sum(), trained)))
+        use_definitions(monkeypatch)
+    assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", INDEXERS)
+@pytest.mark.parametrize("integers", [False, True])
+def test_selection_equals_its_definition(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, kind: str, integers: bool
+) -> None:
+    """Many more keys than lists have room for: bounds are sampled, and where integers tie the sample says little."""
+    controller = draw.random.choice(["given", "threshold", "variance", "entropy"])
+    share = draw.random.choice([1, 1, 32])
+    inputs, options = selection(draw, controller, kind, 170, 50, integers, share=share)
+    found = []
+    for _ in range(2):
+        found.append(select(*inputs, **options))
+        use_definitions(monkeypatch)
+    assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+    mine, expected = (unpack(words, 50) for words, _, _ in found)
+    if integers and controller == "given":
+        assert torch.equal(mine, expected)
+    assert (mine != expected).any(-1).float().mean() < 0.1  # where a statistic or a score hangs on rounding
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 1e-30])
+def test_equal_scores_select_the_earliest_keys(draw: Draw, value: float) -> None:
+    inputs, options = selection(draw, "given", "relu", 150, 40, True, local_window=0, sink_tokens=0)
+    q, k, weight, bias, starts, wanted, _, *rest = inputs
+    words, _, _ = select(torch.ones_like(q), k * 0 + value, weight, bias, starts, wanted, wanted, *rest, **options)
+    place = torch.arange(150) - starts[:, 110:, None]
+    available = torch.arange(110, 150) - starts[:, 110:] + 1
+    kept = torch.minimum(wanted.clamp(options["k_min"], options["k_max"]), available)
+    assert torch.equal(unpack(words, 40), (place >= 0) & (place < kept[..., None]))
+
+
+def test_nan_and_infinite_scores_rank_first(draw: Draw) -> None:
+    inputs, options = selection(draw, "given", "relu", 150, 40, True, local_window=0, sink_tokens=0)
+    q, k, weight, bias, _, _, _, *rest = inputs
+    starts, wanted = torch.zeros(2, 150, dtype=torch.long), torch.full((2, 40), 4)
+    options |= {"k_min": 1, "k_max": 4}
+    k[:, [3, 50]], k[:, 77], q = torch.nan, torch.inf, q.abs() + 1
+    words, _, _ = select(q, k, weight, bias, starts, wanted, wanted, *rest, **options)
+    mask = unpack(words, 40)
+    assert mask[:, :, [3, 50, 77]].all()
+    assert (mask.sum(-1) == 4).all()
+
+
+def test_attention_without_keys_or_queries_is_nothing(draw: Draw) -> None:
+    q, k = normal(draw, 1, 0, 2, 16), normal(draw, 1, 5, 1, 16)
+    out, lse = attend(q, k, k, torch.zeros(1, 0, 5, dtype=torch.int32), 5)
+    assert (out.shape, lse.shape) == (q.shape, (1, 0, 2))
+    out, _ = attend(k.expand(1, 5, 1, 16), k, k, torch.zeros(1, 1, 5, dtype=torch.int32), 5)
+    assert (out == 0).all()
+
+
+def test_visible_words_are_causal_and_stay_in_their_document(draw: Draw) -> None:
+    starts = draw.starts(2, 70)
+    key = torch.arange(70)
+    expected = (key >= starts[..., None]) & (key <= key[:, None])
+    assert torch.equal(unpack(visible(starts, 70), 70), expected)
+    assert torch.equal(unpack(pack(expected), 70), expected)
+
+
+def test_fixed_point_gradients_do_not_depend_on_order(draw: Draw) -> None:
+    inputs = attention(draw, 2, 70, 70)
+    found = []
+    for _ in range(2):
+        out, _ = attend(*inputs, True)
+        found.append(torch.autograd.grad(out.sum(), inputs[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
