@@ -1,8 +1,8 @@
-"""The whole forward of sparse attention (scores, selection, attention) against dense attention: `python -m kernels.bench`.
+"""The whole forward of sparse attention against dense attention: `python -m kernels.bench`.
 
-Queries of the indexer follow a random walk, so that neighbours agree on some of their keys; its step is set so that the
-union of 32 neighbours' selections comes close to the wanted u(32), which is measured and printed beside every time.
-All times are medians of one run on one GPU, dense and sparse in turn.
+What is timed is all of it: scores, selection and attention. Queries of the indexer follow a random walk, so that
+neighbours agree on some of their keys; `--memory` says how far, and the u(32) that results is measured and printed
+beside every time. All times are medians of one run on one GPU.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def walk(length: int, width: int, memory: float) -> Tensor:
@@ -76,14 +76,18 @@ def overlap(words: Tensor, k: int, tile: int = 32) -> float:
     return lists.counts.float().mean().item() / k
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 def measure(length: int, heads: int, kv_heads: int, size: int, k: int, memory: float) -> list[dict[str, Any]]:
     """Rows of results for one length."""
     q, key, value = (torch.randn(1, length, n, size, device="cuda").bfloat16() for n in (heads, kv_heads, kv_heads))
     dense = {}
     for name, backend in DENSE.items():
         with sdpa_kernel(backend):
-            views = [x.transpose(1, 2) for x in (q, key, value)]
-            dense[name] = milliseconds(lambda: F.scaled_dot_product_attention(*views, is_causal=True, enable_gqa=True))  # noqa: B023
+            dense[name] = milliseconds(lambda: dense_attention(q, key, value))
     rows = []
     modes: dict[str, tuple[int, int, dict[str, int]]] = {
         "4x64": (4, 64, {}),
@@ -107,7 +111,6 @@ def measure(length: int, heads: int, kv_heads: int, size: int, k: int, memory: f
         row["speedup"] = min(dense.values()) / row["total_ms"]
         row["peak_gib"] = peak / 2**30
         rows.append(row)
-        del words
     return rows
 
 

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 OLDEST = (8, 0)  # Ampere: bf16 tensor cores and asynchronous copies
+TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter: kernels run on the CPU, slowly
 
 
+@torch.compiler.assume_constant_result
 def problem() -> str | None:
     """Why Triton kernels cannot run on this machine, in one line; `None` where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON:
         return "triton is not installed"
     if INTERPRET:
         return None
