@@ -3,7 +3,7 @@ PYTHON ?= python3
 NAME ?= quickstart
 BIN := .venv/bin
 
-.PHONY: sweep test lint ui clean
+.PHONY: sweep test test-gpu lint ui clean
 
 # A finished sweep is shown, an interrupted one continued, otherwise it starts. NAME=... starts another.
 sweep: .venv/installed
@@ -15,6 +15,10 @@ sweep: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the same kernels on a GPU
+test-gpu: .venv/installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/kernels
 
 lint: .venv/installed
 	$(BIN)/ruff check .

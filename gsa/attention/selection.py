@@ -95,6 +95,7 @@ class Blocks(NamedTuple):
         begins[:, :1] = True  # also where padding stands before the first document
         of_key = begins.cumsum(1) - 1
         count = int(of_key.max()) + 1 if of_key.numel() else 0
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # sums of bf16 would depend on their order
         total = keys.new_zeros(keys.shape[0], count, keys.shape[2])
         total.scatter_add_(1, of_key[..., None].expand_as(keys), keys)
         members = keys.new_zeros(keys.shape[0], count).scatter_add_(1, of_key, torch.ones_like(keys[..., 0]))

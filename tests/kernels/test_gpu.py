@@ -1,0 +1,129 @@
+"""On a GPU, in bf16: `make test-gpu`."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.select
+from gsa.attention.attention import GatedSparseAttention
+from gsa.attention.config import AttentionConfig, Stage
+from gsa.attention.controller import ControllerConfig
+from gsa.attention.selection import SelectionConfig
+from kernels.attend import attend, attend_backward_definition, attend_definition
+from kernels.bench import Indexer, dense_attention
+from kernels.support import INTERPRET
+from kernels.words import pack, unpack
+from tests.draw import CONTROLLERS, Draw
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRET or not torch.cuda.is_available(), reason="needs a GPU and TRITON_INTERPRET=0"),
+]
+TANH = 2**-11  # the largest error of tanh.approx
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (4, 4, 64), (16, 1, 128), (6, 2, 64)])
+def test_attention_is_as_exact_as_dense_attention_is(draw: Draw, heads: int, kv_heads: int, size: int) -> None:
+    """Outputs and gradients within twice the error of PyTorch's dense attention in bf16, both against fp64."""
+    length = 1000 + draw.random.randint(0, 99)
+    q, k, v = (draw.normal(1, length, n, size).cuda().bfloat16() for n in (heads, kv_heads, kv_heads))
+    grad = draw.normal(1, length, heads, size).cuda().bfloat16()
+    causal = torch.ones(1, length, length, dtype=torch.bool, device="cuda").tril()
+    some = causal & (torch.rand(causal.shape, device="cuda") < 0.1) | torch.eye(length, dtype=torch.bool, device="cuda")
+    errors = []
+    for mask in (causal, some):
+        words = pack(mask)
+        exact = (q.double(), k.double(), v.double())
+        out, lse = attend_definition(*exact, words)
+        expected = (out, *attend_backward_definition(grad.double(), *exact, words, out, lse))
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        found = dense_attention(*inputs).transpose(1, 2) if mask is causal else attend(*inputs, words, length)[0]
+        found = (found, *torch.autograd.grad(found, inputs, grad))
+        errors.append([off(x, y) for x, y in zip(found, expected, strict=True)])
+    assert all(ours <= 2 * dense for dense, ours in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.parametrize("options", [{}, {"block": 32}, {"share": 32}, {"local_window": 40, "sink_tokens": 4}])
+@pytest.mark.parametrize(("heads", "size"), [(1, 128), (4, 64)])
+def test_selections_pass_the_certificate(
+    heads: int, size: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only the kernel selected scores at least what only the definition did, up to the error of a score."""
+    length, k = 9000, 256
+    indexer = Indexer(length, heads, size, k, 0.9, **options)
+    mine = unpack(indexer.select(), length)
+    monkeypatch.setattr(kernels.select, "runs_triton", lambda _: False)
+    exact = unpack(indexer.select(), length)
+    assert torch.equal(mine.sum(-1), exact.sum(-1))
+    differ = (mine != exact).any(-1)[0].nonzero().flatten()
+    assert len(differ) < 0.01 * length
+    if options.get("share"):
+        return
+    scores = kernels.select.scores_definition(
+        kernels.select.Scores(indexer.q[:, differ], indexer.k, indexer.weight[:, differ], indexer.bias), "gated_sigmoid"
+    )
+    missed = scores.masked_fill(~(exact & ~mine)[:, differ], torch.inf).amin(-1)
+    extra = scores.masked_fill(~(mine & ~exact)[:, differ], -torch.inf).amax(-1)
+    assert (missed - extra <= 2 * heads * TANH).all()
+
+
+@pytest.mark.parametrize("stage", ["sparse", "warmup", "dense"])
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_layer_equals_the_torch_backend(controller: str, stage: Stage) -> None:
+    config = AttentionConfig(
+        hidden_size=512, num_heads=8, num_kv_heads=2, head_dim=64,
+        controller=ControllerConfig(kind=controller, k=128, k_min=32, k_max=256),
+        selection=SelectionConfig(local_window=16, sink_tokens=2),
+    )  # fmt: skip
+    layer = GatedSparseAttention(config).cuda()
+    hidden, starts = torch.randn(2, 1000, 512, device="cuda"), torch.zeros(2, 1000, dtype=torch.long, device="cuda")
+    starts[:, 400:] = 400
+    found = []
+    for backend in ("torch", "triton"):
+        layer.config.backend = backend
+        layer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            result = layer.attend(hidden, starts, stage=stage, indexer_loss=True)
+        loss = result.output.float().square().mean()
+        if result.indexer_loss is not None:
+            loss = loss + result.indexer_loss
+        loss.backward()
+        found.append((result.output, loss, {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}))
+    assert off(found[1][0], found[0][0]) < 0.02
+    assert abs(found[1][1] - found[0][1]) < 0.01 * found[0][1]
+    assert found[0][2].keys() == found[1][2].keys()
+    for name, expected in found[0][2].items():
+        assert off(found[1][2][name], expected) < 0.05, name
+
+
+def test_layer_compiles_without_a_graph_break() -> None:
+    config = AttentionConfig(hidden_size=512, controller=ControllerConfig(kind="fixed", k=128, k_min=32, k_max=256))
+    layer = GatedSparseAttention(config).cuda().bfloat16()
+    hidden = torch.randn(1, 1000, 512, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True)
+    assert off(compiled(hidden), layer(hidden)) < 0.05
+
+
+def test_deterministic_gradients_are_bitwise_equal() -> None:
+    indexer = Indexer(3000, 1, 64, 128, 0.9)
+    words = indexer.select()
+    inputs = [torch.randn(1, 3000, n, 64, device="cuda").bfloat16().requires_grad_() for n in (8, 2, 2)]
+    found = [torch.autograd.grad(attend(*inputs, words, 128, True)[0].float().square().sum(), inputs) for _ in range(3)]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_an_offset_beyond_two_to_the_31_reads_the_right_keys() -> None:
+    """70,000 keys of 8·128 channels are 7·10⁷ elements; 40 rows of them pass 2³¹."""
+    keys, rows = 70_000, 40
+    k = torch.randn(rows, keys, 8, 128, device="cuda", dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    q = torch.randn(rows, 1, 8, 128, device="cuda", dtype=torch.bfloat16)
+    words = torch.zeros(rows, 1, keys, dtype=torch.int32, device="cuda")
+    words[:, 0, -5:] = 1
+    out, _ = attend(q, k, k, words, 5)
+    expected, _ = attend_definition(q, k[:, -5:], k[:, -5:], words[:, :, -5:].contiguous())
+    assert off(out, expected) < 0.01
