@@ -16,8 +16,6 @@ def problem() -> str | None:
     """Why Triton kernels cannot run on this machine, in one line; `None` where they can."""
     if not TRITON:
         return "triton is not installed"
-    if INTERPRET:
-        return None
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"
     capability = torch.cuda.get_device_capability()

@@ -30,7 +30,7 @@ INDEX_SIZE = 128
 
 def problem(parts: Parts, tokens: Projected) -> str | None:
     """Why the kernels cannot do this, in one line; `None` where they can."""
-    machine: str | None = problem_of_machine()
+    machine: str | None = None if INTERPRET else problem_of_machine()
     if machine is not None:
         return machine
     config = parts.config

@@ -10,7 +10,7 @@ import pytest
 SPILLING = {
     80: ("kernels.attend._", "kernels.divergence._backward", "kernels.scan.mark"),
     90: ("kernels.divergence._backward", "kernels.scan.mark", "kernels.scan.search"),
-    100: ("kernels.divergence._", "kernels.scan.mark", "kernels.scan.search"),
+    100: ("kernels.divergence._", "kernels.scan.mark", "kernels.scan.sample", "kernels.scan.search"),
 }
 
 
