@@ -83,10 +83,13 @@ def test_gradients_equal_those_of_the_torch_backend(draw: Draw, stage: Stage, de
         found = {backend: gradients(layer, backend, hidden, starts, stage) for backend in ("torch", "triton")}
     finally:
         torch.use_deterministic_algorithms(False)
+    largest = torch.stack([g.abs().max() for g in found["torch"].values() if g is not None]).max()
     for name, expected in found["torch"].items():
         assert (expected is None) == (found["triton"][name] is None), name
         if expected is not None:
-            scale = expected.abs().max().clamp_min(1e-3)
+            scale = torch.maximum(
+                expected.abs().max(), largest / 100
+            )  # one key for each query: no gradient but rounding
             own = found["triton"][name]
             assert own is not None
             assert_close(own / scale, expected / scale, atol=2e-4, rtol=1e-3, msg=name)
