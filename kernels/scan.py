@@ -149,6 +149,22 @@ def rights(key, inside, open_, start, last, local, sink):
 
 
 @triton.jit
+def order_block(
+    element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, local, sink,
+    batch, num_keys,
+    LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    RAW: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Keys [N], the order of their scores [N, M], forced ones first, and which may be chosen [N, M]."""
+    key, scores, open_ = score_block(
+        element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
+        batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
+    )  # fmt: skip
+    visible, forced = rights(key, inside, open_, start, last, local, sink)
+    return key, ordered(tl.where(forced, FORCED, scores)), visible
+
+
+@triton.jit
 def sample(
     q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, samples, ends, num_rows, num_keys,
     capacity, stride, num_samples,
@@ -453,12 +469,10 @@ def search(
             for i in range(first, end, N):
                 element = i + tl.arange(0, N)
                 inside = element < end
-                key, scores, open_ = score_block(
-                    element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
-                    batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
+                key, order, visible = order_block(
+                    element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last,
+                    local, sink, batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
                 )  # fmt: skip
-                visible, forced = rights(key, inside, open_, start, last, local, sink)
-                order = ordered(tl.where(forced, FORCED, scores))
                 here += tl.sum((visible & (order >= middle[None, :])).to(tl.int32), 0)
             enough = here >= want
             low = tl.where(enough, middle, low)
@@ -468,12 +482,10 @@ def search(
         for i in range(first, end, N):
             element = i + tl.arange(0, N)
             inside = element < end
-            key, scores, open_ = score_block(
-                element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
-                batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
+            key, order, visible = order_block(
+                element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last,
+                local, sink, batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
             )  # fmt: skip
-            visible, forced = rights(key, inside, open_, start, last, local, sink)
-            order = ordered(tl.where(forced, FORCED, scores))
             above += tl.sum((visible & (order > low[None, :])).to(tl.int32), 0)
         taken = tl.zeros((M,), tl.int32)
         word_row = words + batch.to(tl.int64) * word_stride + (tile // per_list).to(tl.int64) * num_keys
@@ -482,12 +494,10 @@ def search(
         for i in range(first, end, N):
             element = i + tl.arange(0, N)
             inside = element < end
-            key, scores, open_ = score_block(
-                element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
-                batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
+            key, order, visible = order_block(
+                element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last,
+                local, sink, batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
             )  # fmt: skip
-            visible, forced = rights(key, inside, open_, start, last, local, sink)
-            order = ordered(tl.where(forced, FORCED, scores))
             tied = visible & (order == low[None, :])
             rank = taken[None, :] + tl.cumsum(tied.to(tl.int32), 0)
             taken += tl.sum(tied.to(tl.int32), 0)
