@@ -209,12 +209,12 @@ def _forward(
     query, in_group = first + tile * TILE + row // PART, part * PART + row % PART
     real = (query < length) & (in_group < GROUP)
     head_row = (batch.to(tl.int64) * length + query) * HEADS + kv_head * GROUP + in_group
-    bit = tile * TILE % 32 + row // PART
+    bit = tl.full((TILE * PART,), 1, tl.int32) << (tile * TILE % 32 + row // PART)
     channel = tl.arange(0, D)
     queries = tl.load(q + head_row[:, None] * D + channel, mask=real[:, None], other=0.0)
     kv = (batch.to(tl.int64) * num_keys * KV_HEADS + kv_head) * D
     entries = (batch.to(tl.int64) * tl.num_programs(0) + tile) * capacity
-    highest = tl.full((TILE * PART,), -1e30, tl.float32)
+    highest = tl.full((TILE * PART,), -1e30, tl.float32)  # of the logits before they are scaled
     total = tl.zeros((TILE * PART,), tl.float32)
     acc = tl.zeros((TILE * PART, D), tl.float32)
     for i in range(0, tl.load(counts + batch * tl.num_programs(0) + tile), BLOCK):
@@ -222,11 +222,11 @@ def _forward(
         key, word = tl.load(list_keys + entry), tl.load(list_words + entry)
         place = kv + key.to(tl.int64)[:, None] * (KV_HEADS * D) + channel
         keys = tl.load(k + place)
-        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        logits = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, logits, float("-inf"))
+        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
-        p = tl.exp2(logits - higher[:, None])
-        shrink = tl.exp2(highest - higher)
+        p = tl.exp2(logits * scale - (higher * scale)[:, None])
+        shrink = tl.exp2((highest - higher) * scale)
         highest = higher
         total = total * shrink + tl.sum(p, 1)
         values = tl.load(v + place)
@@ -234,7 +234,7 @@ def _forward(
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(out + head_row[:, None] * D + channel, acc, mask=real[:, None])
-    log = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
+    log = tl.where(empty, float("-inf"), (highest * scale + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse + head_row, log, mask=real)
 
 

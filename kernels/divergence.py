@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gradient import Gradient, add
-from kernels.scan import KINDS, sigmoid
-from kernels.select import Scores, scores_definition
+from kernels.rule import Scores, scores_definition
+from kernels.scores import KINDS, sigmoid
 from kernels.support import INTERPRET, runs_triton
 from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
@@ -100,7 +100,7 @@ def divergence(
         weight: [B, T, H_I], for all kinds but `sigmoid`.
         bias: [H_I], for all kinds but `relu`.
         most: a bound on the number of keys that one query selects.
-        kind: of score (`kernels.select.Rule`).
+        kind: of score (`kernels.rule.Rule`).
         tau: factor on the scores.
         deterministic: gradients equal from run to run.
 

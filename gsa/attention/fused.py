@@ -17,7 +17,8 @@ from gsa.attention.selection import Blocks, Queries
 from gsa.attention.statistics import Sums, add, selection_sums
 from kernels.attend import attend
 from kernels.divergence import divergence
-from kernels.select import Rule, Scores, select
+from kernels.rule import Rule, Scores
+from kernels.select import select
 from kernels.support import INTERPRET
 from kernels.support import problem as problem_of_machine
 from kernels.windows import Windows, visible

@@ -15,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from kernels import attend, divergence, scan, select, unions, windows
+from kernels import attend, choose, divergence, levels, scan, unions, windows
 
 INTEGERS = {"starts", "lasts", "words", "counts", "ranks", "ends", "states", "values", "found", "members", "wanted"}
-INTEGERS |= {"list_keys", "list_words", "list_counts", "numbers", "firsts", "of_key", "near", "sinks"}
+INTEGERS |= {"keys", "list_keys", "list_words", "list_counts", "numbers", "firsts", "of_key", "near", "sinks"}
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "loss", "dweight", "dbias"}
 FLOATS |= {"dk", "dv", "dk_unit", "dv_unit"}
 SCALARS = {"scale", "index_scale", "tau", "threshold"}
@@ -41,11 +41,11 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (unions._list, {"TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (windows._spread, {"BLOCK": 1024}, four),
-        (select._widen_kernel, {"BLOCK": 1024}, four),
+        (levels._widen_kernel, {"BLOCK": 1024}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, four),
-        (scan.choose, {"TILE": 8, "P": 8192, "DONE_TO": -1}, {"num_warps": 8}),
-        (scan.choose, {"TILE": 8, "P": 16384, "DONE_TO": 8192}, {"num_warps": 16}),
-        (scan.choose_tied, {"TILE": 8, "P": 1024}, four),
+        (choose.choose, {"P": 4096}, four),
+        (choose.choose, {"P": 16384}, {"num_warps": 16}),
+        (choose.choose_tied, {"ROWS": 8, "P": 1024}, four),
         (divergence._forward, KL_ONE, {"num_warps": 8, "num_stages": 2}),
         (divergence._forward, KL_FOUR, {"num_warps": 8, "num_stages": 2}),
     ]
@@ -66,8 +66,8 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             found.append((scan.sample, wide, eight))
             sums = (0,) if shape["RAW"] else (0, 1, 2, 3)
             found += [(scan.mark, {**wide, "SUM": kind}, eight) for kind in sums]
-            found.append((scan.search, {**shape, "LISTED": listed, "M": 16, "N": 128}, four))
-        found.append((scan.rescore, {**shape, "TILE": 8, "N": 128}, four))
+            found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 128}, four))
+        found.append((choose.rescore, {**shape, "M": 16, "N": 128}, four))
     return found
 
 
@@ -94,7 +94,7 @@ def compile_one(kernel: Any, constants: dict[str, Any], options: dict[str, int],
 
 def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
-    of_words = kernel in (windows._spread, select._widen_kernel)
+    of_words = kernel in (windows._spread, levels._widen_kernel)
     if name in ("dk", "dv"):
         return "*i64" if constants["FIXED"] else "*fp32"
     if name == "grad" and "INDEX_D" in constants:

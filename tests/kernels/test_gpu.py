@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.select
+import kernels.best
 from gsa.attention.attention import GatedSparseAttention
 from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.controller import ControllerConfig
 from gsa.attention.selection import SelectionConfig
 from kernels.attend import attend, attend_backward_definition, attend_definition
 from kernels.bench import Indexer, dense_attention
+from kernels.rule import Scores, scores_definition
 from kernels.support import INTERPRET
 from kernels.words import pack, unpack
 from tests.draw import CONTROLLERS, Draw
@@ -56,15 +57,15 @@ def test_selections_pass_the_certificate(
     length, k = 9000, 256
     indexer = Indexer(length, heads, size, k, 0.9, **options)
     mine = unpack(indexer.select(), length)
-    monkeypatch.setattr(kernels.select, "runs_triton", lambda _: False)
+    monkeypatch.setattr(kernels.best, "runs_triton", lambda _: False)
     exact = unpack(indexer.select(), length)
     assert torch.equal(mine.sum(-1), exact.sum(-1))
     differ = (mine != exact).any(-1)[0].nonzero().flatten()
     assert len(differ) < 0.01 * length
     if options.get("share"):
         return
-    scores = kernels.select.scores_definition(
-        kernels.select.Scores(indexer.q[:, differ], indexer.k, indexer.weight[:, differ], indexer.bias), "gated_sigmoid"
+    scores = scores_definition(
+        Scores(indexer.q[:, differ], indexer.k, indexer.weight[:, differ], indexer.bias), "gated_sigmoid"
     )
     missed = scores.masked_fill(~(exact & ~mine)[:, differ], torch.inf).amin(-1)
     extra = scores.masked_fill(~(mine & ~exact)[:, differ], -torch.inf).amax(-1)

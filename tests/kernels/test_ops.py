@@ -15,7 +15,7 @@ from kernels.windows import spread, visible
 from kernels.words import pack, unpack
 from tests.draw import INDEXERS, Draw
 
-MODULES = [importlib.import_module(f"kernels.{name}") for name in ("attend", "divergence", "select", "windows")]
+MODULES = [importlib.import_module(f"kernels.{name}") for name in ("attend", "best", "divergence", "levels", "windows")]
 
 
 @pytest.fixture

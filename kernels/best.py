@@ -1,0 +1,222 @@
+"""The best keys of queries: `kernels.scan` and `kernels.choose` together, and in plain PyTorch what they compute."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import choose, scan
+from kernels.rule import Asked, Rule, Scores, scores_definition
+from kernels.scores import KINDS
+from kernels.support import INTERPRET, runs_triton
+from kernels.unions import unions
+from kernels.words import WORD, pack, unpack
+
+CHUNK = 8192  # queries handled at once: bounds the memory of samples and of marked scores
+SAMPLES = 4096  # of a query at most
+SIGMAS = 5  # a bound is this many deviations lower than the samples say
+TILE = 16  # queries whose marked keys are scored again together
+
+
+Candidates = Callable[[slice], Tensor]  # the words of some of the queries' candidates
+
+
+def best(
+    scores: Scores, asked: Asked, reference: Tensor | None, rule: Rule, most: int, candidates: Candidates | None
+) -> tuple[Tensor, Tensor]:
+    """The best keys of each query as words [B, ⌈R/32⌉, S], and the statistic [B, R] that its number was chosen by.
+
+    Args:
+        scores: of R queries and S keys.
+        asked: what the queries may choose from.
+        reference: of the statistic.
+        rule: kind, controller and forced keys; nothing else is read.
+        most: a bound on the number of keys of any query.
+        candidates: gives the words of the queries' candidates; `None`: all keys are.
+    """
+    batch, rows = asked.lasts.shape
+    words = torch.zeros(batch, -(-rows // WORD), scores.k.shape[1], dtype=torch.int32, device=scores.q.device)
+    statistic = torch.zeros(batch, rows, dtype=torch.float32, device=words.device)
+    find = _best_triton if runs_triton(scores.q) else _best_definition
+    if words.numel():
+        find(scores, asked, reference, rule, most, candidates, words, statistic)
+    if rule.controller == "threshold":
+        statistic.zero_()  # it is the number itself
+    return words, statistic
+
+
+def _parts(asked: Asked) -> Iterator[slice]:
+    batch, rows = asked.lasts.shape
+    step = max(CHUNK // batch // 64, 1) * 64
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def _best_definition(
+    scores: Scores,
+    asked: Asked,
+    reference: Tensor | None,
+    rule: Rule,
+    most: int,
+    candidates: Candidates | None,
+    words: Tensor,
+    statistic: Tensor,
+) -> None:
+    """What `_best_triton` computes, with every score at hand."""
+    for part in _parts(asked):
+        open_ = None if candidates is None else candidates(part)
+        chosen, found = _chosen(scores.rows(part), asked.rows(part), reference, rule, open_)
+        words[:, part.start // WORD : -(-part.stop // WORD)] = pack(chosen)
+        statistic[:, part] = found
+
+
+def _chosen(
+    scores: Scores, asked: Asked, reference: Tensor | None, rule: Rule, candidates: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Booleans [B, R, S] and the statistic [B, R]."""
+    key = torch.arange(scores.k.shape[1], device=scores.k.device)
+    start, last = asked.starts[..., None], asked.lasts[..., None]
+    visible = (key >= start) & (key <= last)
+    if candidates is not None:
+        visible &= unpack(candidates, asked.lasts.shape[1])
+    forced = visible & ((key > last - rule.local_window) | (key < start + rule.sink_tokens))
+    values = scores_definition(scores, rule.kind)
+    number = visible.sum(-1)
+    statistic = torch.zeros_like(number, dtype=torch.float32)
+    if rule.controller == "variance":
+        mean = (values * visible).sum(-1) / number.clamp_min(1)
+        statistic = ((values - mean[..., None]).square() * visible).sum(-1) / number.clamp_min(1)
+    elif rule.controller == "entropy":
+        log_p = (rule.tau * values).masked_fill(~visible, torch.finfo(values.dtype).min).log_softmax(-1)
+        statistic = -(log_p.exp() * log_p.masked_fill(~visible, 0)).sum(-1)
+    elif rule.controller == "threshold":
+        statistic = ((values >= rule.threshold) & visible | forced).sum(-1).float()
+    kept = _number(asked, statistic, reference, rule, number)
+    ranked = values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    ranked = ranked.masked_fill(forced, torch.finfo(values.dtype).max).masked_fill(~visible, -math.inf)
+    by_score = ranked.argsort(dim=-1, descending=True, stable=True)
+    by_score = by_score.gather(-1, visible.gather(-1, by_score).logical_not().int().argsort(dim=-1, stable=True))
+    return torch.zeros_like(visible).scatter_(-1, by_score, key < kept[..., None]), statistic
+
+
+def _number(asked: Asked, statistic: Tensor, reference: Tensor | None, rule: Rule, number: Tensor) -> Tensor:
+    """k_t [B, R]: what the controller wants, in [k_min, k_max], no fewer than forced, no more than there are."""
+    if rule.controller == "given":
+        wanted = asked.wanted.to(torch.long)
+    elif rule.controller == "threshold":
+        wanted = statistic.long()
+    else:
+        assert reference is not None
+        relative = statistic.double() / reference.double().clamp_min(1e-12)
+        wanted = (rule.k * (0.5 + 1 / (1 + rule.temperature * relative))).nan_to_num(nan=rule.k).ceil().long()
+    available = asked.available
+    forced = torch.minimum(available, available.clamp_max(rule.local_window) + available.clamp_max(rule.sink_tokens))
+    return torch.minimum(torch.maximum(wanted.clamp(rule.k_min, rule.k_max), forced), number)
+
+
+def _best_triton(
+    scores: Scores,
+    asked: Asked,
+    reference: Tensor | None,
+    rule: Rule,
+    most: int,
+    candidates: Candidates | None,
+    words: Tensor,
+    statistic: Tensor,
+) -> None:
+    """Set the bits of the best keys in `words` [B, ⌈R/32⌉, S], which are 0, and fill in `statistic` [B, R]."""
+    batch, rows, heads, size = scores.q.shape
+    num_keys, device = scores.k.shape[1], words.device
+    plan, listed, given = Sampling.of(most, num_keys), candidates is not None, rule.controller == "given"
+    samples = triton.cdiv(num_keys, plan.stride)
+    shape = {
+        "KIND": KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(triton.next_power_of_2(size), 16),
+        "FAST": not INTERPRET, "RAW": heads == 1 and given, "N": 16 if INTERPRET else 128,
+    }  # fmt: skip
+    wide = {"LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3, **shape}
+    forced = (rule.local_window, rule.sink_tokens)
+    p = min(max(triton.next_power_of_2(plan.room), 16), 16 if INTERPRET else 16384)
+
+    # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
+    ends = F.pad(asked.lasts + 1, (0, -rows % WORD)).unflatten(1, (-1, WORD)).amax(2).int()
+    wanted = _number(asked, statistic, None, rule, asked.available) if given else asked.available.clamp_max(most)
+    ranks = torch.where(asked.available > plan.room, plan.rank(wanted), 0)
+    starts, lasts, wanted = asked.starts.int(), asked.lasts.int(), wanted.int()
+    none = torch.empty(0, dtype=torch.float32, device=device)
+    k, bias = scores.k.contiguous(), none if scores.bias is None else scores.bias
+    for part in _parts(asked):
+        in_words = slice(part.start // WORD, -(-part.stop // WORD))
+        chosen, count = words[:, in_words], part.stop - part.start
+        grid, ends_here = (triton.cdiv(count, WORD), batch), ends[:, in_words].contiguous()
+        lists: tuple[Tensor, Tensor, Tensor] = (words, words, words)  # not read
+        if candidates is not None:
+            lists = unions(candidates(part), ends_here, WORD, num_keys)
+        capacity = lists[0].shape[2] if listed else 0
+        inputs = (
+            scores.q[:, part].contiguous(), k, none if scores.weight is None else scores.weight[:, part].contiguous(),
+            bias, starts[:, part].contiguous(), lasts[:, part].contiguous(),
+        )  # fmt: skip
+        bounds = torch.full((batch, count), math.nan, dtype=torch.float32, device=device)
+        if num_keys > plan.room:
+            sampled = torch.empty(batch, count, samples, dtype=torch.float32, device=device)
+            lengths = torch.empty(batch, grid[0], dtype=torch.int32, device=device)
+            scan.sample[grid](
+                *inputs, *lists, sampled, lengths, count, num_keys, capacity, plan.stride, samples, **wide
+            )
+            scan.bound[(count, batch)](
+                sampled, lengths, ranks[:, part].contiguous(), bounds, count, samples, grid[0], TILE=WORD,
+                P=triton.next_power_of_2(samples), num_warps=4,
+            )  # fmt: skip
+        numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
+        found = torch.empty(batch, count, dtype=torch.float32, device=device)
+        scan.mark[grid](
+            *inputs, *lists, bounds, chosen, words.stride(0), numbers, found, *forced, count, num_keys, capacity,
+            rule.tau, rule.threshold, SUM=scan.SUMS[rule.controller], **wide,
+        )  # fmt: skip
+        want = wanted[:, part].contiguous()
+        if not given or listed:
+            number = numbers if listed else asked.available[:, part]
+            want = _number(asked.rows(part), found, reference, rule, number).int().contiguous()
+        if not given:
+            statistic[:, part] = found
+
+        marked = unions(chosen, ends_here, TILE, min(TILE * plan.room, num_keys))
+        values = torch.empty(batch, count, plan.room, dtype=torch.int32, device=device)
+        keys = torch.empty_like(values)
+        counts, states = torch.empty_like(numbers), torch.empty_like(numbers)
+        choose.rescore[(marked.counts.shape[1], batch)](
+            *inputs, marked.keys, marked.words, marked.counts, values, keys, counts, *forced, count, num_keys,
+            marked.keys.shape[2], plan.room, M=TILE, num_warps=4, **shape,
+        )  # fmt: skip
+        best_of = (values, keys, counts, want, chosen, words.stride(0), states, count, num_keys, plan.room)
+        choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 1024, 16), 1))
+        choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
+        choose.search[(triton.cdiv(count, 16), batch)](
+            *inputs, *lists, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
+            LISTED=listed, num_warps=4, **shape,
+        )  # fmt: skip
+
+
+class Sampling(NamedTuple):
+    """How a bound is taken: from every `stride`-th key, so that at most `room` keys of a query exceed it."""
+
+    stride: int
+    room: int
+
+    @classmethod
+    def of(cls, most: int, num_keys: int) -> "Sampling":
+        stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
+        rank = _rank(most / stride)
+        return cls(stride, max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64))
+
+    def rank(self, wanted: Tensor) -> Tensor:
+        """Which of the samples, from above, the bound is, for numbers of keys wanted."""
+        expected = wanted.float() / self.stride
+        return (expected + SIGMAS * expected.sqrt() + 2).int()
+
+
+def _rank(expected: float) -> float:
+    return expected + SIGMAS * math.sqrt(expected) + 2

@@ -1,0 +1,98 @@
+"""Selection in two levels: the best blocks of keys first, then the best keys of those blocks."""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.best import best
+from kernels.rule import Asked, Rule, Scores
+from kernels.support import runs_triton
+from kernels.words import WORD, pack, unpack
+
+
+def one_or_two_levels(
+    scores: Scores, starts: Tensor, asked: Asked, reference: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Words [B, ⌈R/32⌉, S] and statistic [B, R] of queries that each select for themselves."""
+    num_keys = scores.k.shape[1]
+    most = rule.most(num_keys)
+    if not rule.block or not asked.lasts.shape[1]:
+        return best(scores, asked, reference, rule, most, None)
+    pooled, of_key = pool(scores.k, starts, rule.block)
+    lasts = asked.lasts.clamp_min(0)
+    own, first = of_key.gather(1, lasts), of_key.gather(1, torch.minimum(asked.starts, lasts))
+    number = torch.minimum(rule.blocks(asked.nominal), own - first)
+    coarse = Asked(first, torch.where(asked.available > 0, own - 1, -1), number, number)
+    level = dataclasses.replace(
+        rule, controller="given", k_min=0, k_max=rule.blocks(most), local_window=0, sink_tokens=0
+    )
+    chosen, _ = best(scores._replace(k=pooled), coarse, None, level, level.most(pooled.shape[1]), None)
+    # its own block, the one before and what is forced are candidates whatever the scores say
+    near = lasts - (lasts - asked.starts) % rule.block - rule.block
+    near = torch.maximum(asked.starts, torch.minimum(near, lasts - rule.local_window + 1))
+    sinks = torch.minimum(asked.starts + rule.sink_tokens, asked.lasts + 1)
+
+    def candidates(rows: slice) -> Tensor:
+        words = chosen[:, rows.start // WORD : -(-rows.stop // WORD)]
+        return _widen(words, of_key, near[:, rows], sinks[:, rows], asked.rows(rows))
+
+    return best(scores, asked, reference, rule, most, candidates)
+
+
+def pool(keys: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean keys [B, N, d] of blocks that are counted from the start of each document, and each key's block [B, S]."""
+    begins = (torch.arange(keys.shape[1], device=keys.device) - starts) % size == 0
+    begins[:, :1] = True  # also where padding stands before the first document
+    of_key = begins.cumsum(1) - 1
+    total = torch.zeros(keys.shape[0], int(of_key.max()) + 1, keys.shape[2], device=keys.device,
+                        dtype=torch.promote_types(keys.dtype, torch.float32))  # fmt: skip
+    total.scatter_add_(1, of_key[..., None].expand_as(keys), keys.to(total.dtype))
+    members = total.new_zeros(total.shape[:2]).scatter_add_(1, of_key, torch.ones_like(keys[..., 0], dtype=total.dtype))
+    return (total / members.clamp_min(1)[..., None]).to(keys.dtype), of_key
+
+
+def _widen(words: Tensor, of_key: Tensor, near: Tensor, sinks: Tensor, asked: Asked) -> Tensor:
+    """Words of candidates: keys of the chosen blocks, from `near` to the query itself, and before `sinks`."""
+    batch, rows = asked.lasts.shape
+    num_keys = of_key.shape[1]
+    if not runs_triton(words):
+        key = torch.arange(num_keys, device=words.device)
+        mask = unpack(words, rows).gather(2, of_key[:, None].expand(-1, rows, -1)) | (key >= near[..., None])
+        mask |= key < sinks[..., None]
+        return pack(mask & (key >= asked.starts[..., None]) & (key <= asked.lasts[..., None]))
+    out = torch.empty(batch, words.shape[1], num_keys, dtype=torch.int32, device=words.device)
+    block = 1024
+    _widen_kernel[(words.shape[1], triton.cdiv(num_keys, block), batch)](
+        words, of_key.int(), near.int().contiguous(), sinks.int().contiguous(), asked.starts.int().contiguous(),
+        asked.lasts.int().contiguous(), out, words.stride(0), rows, words.shape[2], num_keys, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _widen_kernel(
+    words, of_key, near, sinks, starts, lasts, out, word_stride, rows, num_blocks, num_keys, BLOCK: tl.constexpr
+):
+    tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = key < num_keys
+    i = tile * 32 + tl.arange(0, 32)
+    row = batch * rows + i
+    end = tl.max(tl.load(lasts + row, mask=i < rows, other=-1))
+    first = tl.min(tl.load(near + row, mask=i < rows, other=2147483647))
+    sink = tl.max(tl.load(sinks + row, mask=i < rows, other=0))
+    block = tl.load(of_key + batch * num_keys + key, mask=inside, other=0)
+    word = tl.load(
+        words + batch * word_stride + tile.to(tl.int64) * num_blocks + block, mask=inside & (key <= end), other=0
+    )
+    low = tl.program_id(1) * BLOCK
+    if (low + BLOCK > first) | (low < sink):
+        for j in range(tl.minimum(32, rows - tile * 32)):
+            at = batch * rows + tile * 32 + j
+            mine = (key >= tl.load(near + at)) | (key < tl.load(sinks + at))
+            mine = mine & (key >= tl.load(starts + at)) & (key <= tl.load(lasts + at))
+            word = word | (mine.to(tl.int32) << j)
+    tl.store(out + (batch * tl.num_programs(0) + tile) * num_keys + key, word, mask=inside)
