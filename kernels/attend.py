@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.few import FEW
 from kernels.gradient import Gradient, add
+from kernels.split import attend_few
 from kernels.support import INTERPRET, runs_triton
 from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
@@ -98,6 +100,8 @@ def attend(
         return attend_definition(q, k, v, words)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, length, heads, size = q.shape
+    if 0 < length <= FEW and q.numel() and k.numel():
+        return attend_few(q, k, v, words, min(most, k.shape[1]))
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     tiles, kv_heads = Tiles.of(heads // k.shape[2], FORWARD_ROWS), k.shape[2]
@@ -108,7 +112,7 @@ def attend(
         _forward[grid](
             q, k, v, *lists, out, lse, LOG2_E / math.sqrt(size), first, length, k.shape[1], lists.keys.shape[2],
             HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads, PARTS=tiles.parts,
-            **_meta(q, tiles),
+            WIDE=k[0].numel() >= 2**31, **_meta(q, tiles),
         )  # fmt: skip
     return out, lse
 
@@ -193,14 +197,14 @@ def _rounded(q: Tensor) -> bool:
 def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:
     block = 16 if INTERPRET else 32 if fixed else 64  # int64 atomics take twice the registers
     warps = 8 if tiles.queries * tiles.heads >= 128 else 4
-    return {"BLOCK": block, "ROUNDED": _rounded(q), "num_warps": warps, "num_stages": 2 if backward else 3}
+    return {"BLOCK": block, "ROUNDED": _rounded(q), "num_warps": warps, "num_stages": 3 if backward else 5}
 
 
 @triton.jit
 def _forward(
     q, k, v, list_keys, list_words, counts, out, lse, scale, first, length, num_keys, capacity,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     tile, batch = tl.program_id(0), tl.program_id(2)
@@ -213,6 +217,7 @@ def _forward(
     channel = tl.arange(0, D)
     queries = tl.load(q + head_row[:, None] * D + channel, mask=real[:, None], other=0.0)
     kv = (batch.to(tl.int64) * num_keys * KV_HEADS + kv_head) * D
+    keys_at, values_at = k + kv, v + kv
     entries = (batch.to(tl.int64) * tl.num_programs(0) + tile) * capacity
     highest = tl.full((TILE * PART,), -1e30, tl.float32)  # of the logits before they are scaled
     total = tl.zeros((TILE * PART,), tl.float32)
@@ -220,8 +225,10 @@ def _forward(
     for i in range(0, tl.load(counts + batch * tl.num_programs(0) + tile), BLOCK):
         entry = entries + i + tl.arange(0, BLOCK)
         key, word = tl.load(list_keys + entry), tl.load(list_words + entry)
-        place = kv + key.to(tl.int64)[:, None] * (KV_HEADS * D) + channel
-        keys = tl.load(k + place)
+        if WIDE:
+            key = key.to(tl.int64)
+        place = (key * (KV_HEADS * D))[:, None] + channel
+        keys = tl.load(keys_at + place)
         logits = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
@@ -229,7 +236,7 @@ def _forward(
         shrink = tl.exp2((highest - higher) * scale)
         highest = higher
         total = total * shrink + tl.sum(p, 1)
-        values = tl.load(v + place)
+        values = tl.load(values_at + place)
         acc = tl.dot(p.to(values.dtype) if ROUNDED else p, values, acc * shrink[:, None], input_precision="ieee")
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import choose, scan
+from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, unordered
 from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.scores import KINDS
 from kernels.support import INTERPRET, runs_triton
@@ -41,7 +42,9 @@ def best(
     batch, rows = asked.lasts.shape
     words = torch.zeros(batch, -(-rows // WORD), scores.k.shape[1], dtype=torch.int32, device=scores.q.device)
     statistic = torch.zeros(batch, rows, dtype=torch.float32, device=words.device)
-    find = _best_triton if runs_triton(scores.q) else _best_definition
+    find = _best_definition
+    if runs_triton(scores.q):
+        find = _best_of_few if rows <= FEW else _best_triton
     if words.numel():
         find(scores, asked, reference, rule, most, candidates, words, statistic)
     if rule.controller == "threshold":
@@ -82,24 +85,39 @@ def _chosen(
     visible = (key >= start) & (key <= last)
     if candidates is not None:
         visible &= unpack(candidates, asked.lasts.shape[1])
-    forced = visible & ((key > last - rule.local_window) | (key < start + rule.sink_tokens))
+    forced = visible & _forced(key, asked, rule)
     values = scores_definition(scores, rule.kind)
     number = visible.sum(-1)
-    statistic = torch.zeros_like(number, dtype=torch.float32)
-    if rule.controller == "variance":
-        mean = (values * visible).sum(-1) / number.clamp_min(1)
-        statistic = ((values - mean[..., None]).square() * visible).sum(-1) / number.clamp_min(1)
-    elif rule.controller == "entropy":
-        log_p = (rule.tau * values).masked_fill(~visible, torch.finfo(values.dtype).min).log_softmax(-1)
-        statistic = -(log_p.exp() * log_p.masked_fill(~visible, 0)).sum(-1)
-    elif rule.controller == "threshold":
-        statistic = ((values >= rule.threshold) & visible | forced).sum(-1).float()
+    statistic = _statistic(values, visible, asked, rule)
     kept = _number(asked, statistic, reference, rule, number)
     ranked = values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
     ranked = ranked.masked_fill(forced, torch.finfo(values.dtype).max).masked_fill(~visible, -math.inf)
     by_score = ranked.argsort(dim=-1, descending=True, stable=True)
     by_score = by_score.gather(-1, visible.gather(-1, by_score).logical_not().int().argsort(dim=-1, stable=True))
     return torch.zeros_like(visible).scatter_(-1, by_score, key < kept[..., None]), statistic
+
+
+def _forced(key: Tensor, asked: Asked, rule: Rule) -> Tensor:
+    start, last = asked.starts[..., None], asked.lasts[..., None]
+    return (key > last - rule.local_window) | (key < start + rule.sink_tokens)
+
+
+def _statistic(values: Tensor, visible: Tensor, asked: Asked, rule: Rule) -> Tensor:
+    """What the rule's controller goes by, [B, R] fp32, of scores [B, R, S]."""
+    number = visible.sum(-1)
+    values = values.masked_fill(~visible, 0)
+    if rule.controller == "variance":
+        mean = values.sum(-1) / number.clamp_min(1)
+        statistic = ((values - mean[..., None]).square() * visible).sum(-1) / number.clamp_min(1)
+    elif rule.controller == "entropy":
+        log_p = (rule.tau * values).masked_fill(~visible, torch.finfo(values.dtype).min).log_softmax(-1)
+        statistic = -(log_p.exp() * log_p.masked_fill(~visible, 0)).sum(-1)
+    elif rule.controller == "threshold":
+        key = torch.arange(values.shape[2], device=values.device)
+        statistic = (((values >= rule.threshold) | _forced(key, asked, rule)) & visible).sum(-1)
+    else:
+        return torch.zeros_like(number, dtype=torch.float32)
+    return statistic.float()
 
 
 def _number(asked: Asked, statistic: Tensor, reference: Tensor | None, rule: Rule, number: Tensor) -> Tensor:
@@ -132,13 +150,11 @@ def _best_triton(
     num_keys, device = scores.k.shape[1], words.device
     plan, listed, given = Sampling.of(most, num_keys), candidates is not None, rule.controller == "given"
     samples = triton.cdiv(num_keys, plan.stride)
-    shape = {
-        "KIND": KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(triton.next_power_of_2(size), 16),
-        "FAST": not INTERPRET, "RAW": heads == 1 and given, "N": 16 if INTERPRET else 128,
-    }  # fmt: skip
+    shape = _shape(scores, rule)
     wide = {"LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3, **shape}
+    narrow = {"N": 64} if heads == 1 and not INTERPRET else {}
     forced = (rule.local_window, rule.sink_tokens)
-    p = min(max(triton.next_power_of_2(plan.room), 16), 16 if INTERPRET else 16384)
+    p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
 
     # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
     ends = F.pad(asked.lasts + 1, (0, -rows % WORD)).unflatten(1, (-1, WORD)).amax(2).int()
@@ -189,10 +205,10 @@ def _best_triton(
         counts, states = torch.empty_like(numbers), torch.empty_like(numbers)
         choose.rescore[(marked.counts.shape[1], batch)](
             *inputs, marked.keys, marked.words, marked.counts, values, keys, counts, *forced, count, num_keys,
-            marked.keys.shape[2], plan.room, M=TILE, num_warps=4, **shape,
+            marked.keys.shape[2], plan.room, M=TILE, FORCES=any(forced), num_warps=4, **shape | narrow,
         )  # fmt: skip
         best_of = (values, keys, counts, want, chosen, words.stride(0), states, count, num_keys, plan.room)
-        choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 1024, 16), 1))
+        choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 512, 16), 1))
         choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
             *inputs, *lists, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
@@ -200,23 +216,60 @@ def _best_triton(
         )  # fmt: skip
 
 
+def _best_of_few(
+    scores: Scores,
+    asked: Asked,
+    reference: Tensor | None,
+    rule: Rule,
+    most: int,
+    candidates: Candidates | None,
+    words: Tensor,
+    statistic: Tensor,
+) -> None:
+    """What `_best_triton` does, for no more than `FEW` queries (`kernels.few`)."""
+    rows = asked.lasts.shape[1]
+    open_ = None if candidates is None else candidates(slice(0, rows))
+    starts, lasts = asked.starts.int().contiguous(), asked.lasts.int().contiguous()
+    none = torch.empty(0, dtype=torch.float32, device=words.device)
+    inputs = (
+        scores.q.contiguous(), scores.k.contiguous(), none if scores.weight is None else scores.weight.contiguous(),
+        none if scores.bias is None else scores.bias, starts, lasts,
+    )  # fmt: skip
+    values = scores_of_few(inputs, open_, _shape(scores, rule))
+    wanted, limits = asked.wanted, Limits(rule.local_window, rule.sink_tokens, rule.k_min, rule.k_max)
+    if rule.controller != "given" or open_ is not None:
+        key = torch.arange(words.shape[2], device=words.device)
+        visible = (key >= starts[..., None]) & (key <= lasts[..., None]) & (values != NOT_VISIBLE)
+        statistic.copy_(_statistic(unordered(values), visible, asked, rule))
+        wanted = _number(asked, statistic, reference, rule, visible.sum(-1))
+        limits = limits._replace(k_min=0, k_max=words.shape[2])
+    choose_few(values, starts, lasts, wanted.int().contiguous(), limits, words, words.stride(0))
+
+
+def _shape(scores: Scores, rule: Rule) -> dict[str, int | bool]:
+    """What a kernel's code depends on."""
+    heads, size = scores.q.shape[2:]
+    return {
+        "KIND": KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(triton.next_power_of_2(size), 16),
+        "FAST": not INTERPRET, "RAW": heads == 1 and rule.controller == "given", "N": 16 if INTERPRET else 128,
+    }  # fmt: skip
+
+
 class Sampling(NamedTuple):
     """How a bound is taken: from every `stride`-th key, so that at most `room` keys of a query exceed it."""
 
     stride: int
+    likely: int  # most queries have no more marked keys
     room: int
 
     @classmethod
     def of(cls, most: int, num_keys: int) -> "Sampling":
         stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
-        rank = _rank(most / stride)
-        return cls(stride, max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64))
+        rank = most / stride + SIGMAS * math.sqrt(most / stride) + 2
+        rank *= 17 / 16  # what `scan.bound` allows itself
+        return cls(stride, math.ceil(stride * rank), max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64))
 
     def rank(self, wanted: Tensor) -> Tensor:
         """Which of the samples, from above, the bound is, for numbers of keys wanted."""
         expected = wanted.float() / self.stride
         return (expected + SIGMAS * expected.sqrt() + 2).int()
-
-
-def _rank(expected: float) -> float:
-    return expected + SIGMAS * math.sqrt(expected) + 2

@@ -19,7 +19,6 @@ from kernels.scores import (
     order_block,
     ordered,
     queries_of_tile,
-    rights,
     score_block,
     walk,
 )
@@ -32,7 +31,7 @@ def rescore(
     q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, values, keys, counts, local, sink,
     num_rows, num_keys, capacity, room,
     KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RAW: tl.constexpr, FAST: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, FORCES: tl.constexpr,
 ):  # fmt: skip
     """Marked keys [B, R, room] of each query, in order, and their `ordered` scores; `counts` [B, R] says how many.
 
@@ -41,26 +40,40 @@ def rescore(
     tile, batch = tl.program_id(0), tl.program_id(1)
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
     first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), True)
-    column = tl.arange(0, M)
-    bit = (tile * M + column) % 32
+    bit = (tile * M + tl.arange(0, M)) % 32
     queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
     held = tl.zeros((M,), tl.int32)
     for i in range(first, tl.minimum(end, capacity), N):
         element = i + tl.arange(0, N)
         inside = element < tl.minimum(end, capacity)
-        key, scores, open_ = score_block(
+        key, scores, _ = score_block(
             element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
             batch, num_keys, True, KIND, HEADS, D, DP, RAW, FAST,
         )  # fmt: skip
-        marked, forced = rights(key, inside, open_, start, last, local, sink)
-        order = ordered(tl.where(forced, FORCED, scores))
-        rank = held[None, :] + tl.cumsum(marked.to(tl.int32), 0) - 1
-        held += tl.sum(marked.to(tl.int32), 0)
-        place = row[None, :] * room + rank
-        kept = marked & (rank < room)
+        # [queries, keys] from here on: neighbouring threads then write neighbours in memory
+        word = tl.load(list_words + entries + element, mask=inside, other=0)
+        marked = ((word[None, :] >> bit[:, None]) & 1) != 0
+        scores = tl.trans(scores)
+        if FORCES:
+            forced = (key[None, :] > last[:, None] - local) | (key[None, :] < start[:, None] + sink)
+            scores = tl.where(forced, FORCED, scores)
+        order = ordered(scores)
+        rank = held[:, None] + tl.cumsum(marked.to(tl.int32), 1) - 1
+        held += tl.sum(marked.to(tl.int32), 1)
+        place = row.to(tl.int32)[:, None] * room + rank  # of less than 2³¹: queries of a chunk times `room`
+        kept = marked & real[:, None] & (rank < room)
         tl.store(values + place, order, mask=kept)
-        tl.store(keys + place, tl.broadcast_to(key[:, None], (N, M)), mask=kept)
+        tl.store(keys + place, tl.broadcast_to(key[None, :], (M, N)), mask=kept)
     tl.store(counts + row, tl.where(end > capacity, room + 1, held), mask=real)
+
+
+@triton.jit
+def reaching(order, rest, more, least):
+    """How many of two blocks of numbers are at least `least`, the second of which counts only where there is `more`."""
+    here = tl.sum((order >= least).to(tl.int32))
+    if more:
+        here += tl.sum((rest >= least).to(tl.int32))
+    return here
 
 
 @triton.jit
@@ -69,23 +82,25 @@ def choose(
 ):  # fmt: skip
     """Take back the bits of all but a query's `wanted` best marked keys, where this is simple; `states` says whether.
 
-    DONE, or TIED: of equals only some are wanted, or there are more than P marked keys; or SHORT: too few are marked,
-    or more than there was room for.
+    DONE, or TIED: of equals only some are wanted, or there are more than 2·P marked keys; or SHORT: too few are marked,
+    or more than there was room for. Most queries have no more than P marked keys.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
     count, want = tl.load(counts + row), tl.load(wanted + row)
-    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > P, TIED, DONE))
+    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > 2 * P, TIED, DONE))
     if (state == DONE) & (count > want):
-        place = tl.arange(0, P)
+        place, more = tl.arange(0, P), count > P
         order = tl.load(values + row * room + place, mask=place < count, other=-2147483648)
-        high = tl.max(order)
+        rest = tl.load(values + row * room + P + place, mask=P + place < count, other=-2147483648)
+        high = tl.maximum(tl.max(order), tl.max(rest))
         low = tl.min(tl.where(place < count, order, high))
+        low = tl.minimum(low, tl.min(tl.where(P + place < count, rest, high)))
         # `reached` ≥ want reach `low`; `above` < want exceed `high`, or it is the highest
         reached, above, turn = count, 0, 0
         while (reached > want) & (low < high):
             middle = between_counts(low, high, reached, above, want, turn)
-            here = tl.sum((order >= middle).to(tl.int32))
+            here = reaching(order, rest, more, middle)
             enough = here >= want
             low = tl.where(enough, middle, low)
             reached = tl.where(enough, here, reached)
@@ -94,11 +109,16 @@ def choose(
             turn += 1
         state = tl.where((reached > want) & (want > 0), TIED, state)
         if state == DONE:  # else a later kernel looks at all marked keys
-            gone = (place < count) & ((order < low) | (want == 0))
-            key = tl.load(keys + row * room + place, mask=gone, other=0)
-            target = words + batch.to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys + key
+            least = tl.where(want == 0, 2147483647, low)
+            word_row = words + batch.to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
             others = -1 ^ (tl.full((P,), 1, tl.int32) << (i % 32))
-            tl.atomic_and(target, others, mask=gone, sem="relaxed")
+            gone = (place < count) & (order < least)
+            key = tl.load(keys + row * room + place, mask=gone, other=0)
+            tl.atomic_and(word_row + key, others, mask=gone, sem="relaxed")
+            if more:
+                gone = (P + place < count) & (rest < least)
+                key = tl.load(keys + row * room + P + place, mask=gone, other=0)
+                tl.atomic_and(word_row + key, others, mask=gone, sem="relaxed")
     tl.store(states + row, state)
 
 
@@ -107,7 +127,7 @@ def choose_tied(
     values, keys, counts, wanted, words, word_stride, states, num_rows, num_keys, room,
     ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`choose` for queries it left TIED, ROWS to a program: any number of marked keys, and of equals the earlier ones."""
+    """`choose` for queries it left TIED, ROWS to a program: any number of marked keys, of equals the earlier ones."""
     batch = tl.program_id(1).to(tl.int64)
     for i in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, num_rows)):
         row = batch * num_rows + i

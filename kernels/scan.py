@@ -51,7 +51,7 @@ def sample(
 def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: tl.constexpr, P: tl.constexpr):
     """A number just below about the `rank`-th largest of a query's samples; NaN where there are fewer.
 
-    At least `rank` samples exceed it, and at most an eighth more unless they are equal. Nothing is below NaN.
+    At least `rank` samples exceed it, and at most a 16th more unless they are equal. Nothing is below NaN.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
@@ -66,9 +66,9 @@ def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: 
         if reached >= rank:
             high = tl.max(order)
             low = tl.min(tl.where(finite, order, high))
-            above, turn, most = 0, 0, rank + rank // 8
+            above, turn, most = 0, 0, rank + rank // 16
             while (reached > most) & (low < high):
-                middle = between_counts(low, high, reached, above, rank + rank // 16, turn)
+                middle = between_counts(low, high, reached, above, rank + rank // 32, turn)
                 here = tl.sum((order >= middle).to(tl.int32))
                 enough = here >= rank
                 low = tl.where(enough, middle, low)

@@ -7,6 +7,7 @@ and take the best, in one or two levels (`kernels.levels`), for every query or f
 import torch
 from torch import Tensor
 
+from kernels.few import FEW
 from kernels.levels import one_or_two_levels
 from kernels.rule import Asked, Rule, Scores
 from kernels.windows import Windows
@@ -111,6 +112,12 @@ def _select(
 
     # Only the first query of a window selects: those queries alone are handled, then their selections are spread.
     leads = (positions - asked.starts) % rule.share == 0
+    if length <= FEW:  # all are handled, so that the host need not know which lead
+        words, found = one_or_two_levels(scores, starts, asked, reference, rule)
+        windows = Windows.of(asked.starts, num_keys, rule.share)
+        number = torch.where(leads, torch.arange(length, device=words.device), -1).cummax(1).values
+        words, leader = windows.share(words, number, leader)
+        return words, torch.where(leads, found, 0.0), leader
     count = leads.sum(1)
     rows = leads.logical_not().int().argsort(dim=1, stable=True)[:, : int(count.max())]
     led = asked.at(rows)

@@ -43,8 +43,8 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (windows._spread, {"BLOCK": 1024}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, four),
-        (choose.choose, {"P": 4096}, four),
-        (choose.choose, {"P": 16384}, {"num_warps": 16}),
+        (choose.choose, {"P": 4096}, {"num_warps": 8}),
+        (choose.choose, {"P": 8192}, {"num_warps": 16}),
         (choose.choose_tied, {"ROWS": 8, "P": 1024}, four),
         (divergence._forward, KL_ONE, {"num_warps": 8, "num_stages": 2}),
         (divergence._forward, KL_FOUR, {"num_warps": 8, "num_stages": 2}),
@@ -56,7 +56,7 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     ]
     for size in (64, 128):
         shape = {**ATTEND, "D": size}
-        found.append((attend._forward, {**shape, "TILE": 16, "PART": 4}, {"num_warps": 4, "num_stages": 3}))
+        found.append((attend._forward, {**shape, "TILE": 16, "PART": 4}, {"num_warps": 4, "num_stages": 5}))
         for fixed in (False, True):
             constants = {**shape, "TILE": 32, "PART": 4, "FIXED": fixed, "BLOCK": 32 if fixed else 64}
             found.append((attend._backward, constants, {"num_warps": 8, "num_stages": 2}))
@@ -66,8 +66,8 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             found.append((scan.sample, wide, eight))
             sums = (0,) if shape["RAW"] else (0, 1, 2, 3)
             found += [(scan.mark, {**wide, "SUM": kind}, eight) for kind in sums]
-            found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 128}, four))
-        found.append((choose.rescore, {**shape, "M": 16, "N": 128}, four))
+            found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 128, "FORCES": True}, four))
+        found.append((choose.rescore, {**shape, "M": 16, "N": 128, "FORCES": True}, four))
     return found
 
 

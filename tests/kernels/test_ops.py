@@ -125,43 +125,46 @@ def test_divergence_equals_its_definition(
 
 @pytest.mark.parametrize("kind", INDEXERS)
 @pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 50])
 def test_selection_equals_its_definition(
-    draw: Draw, monkeypatch: pytest.MonkeyPatch, kind: str, integers: bool
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, kind: str, integers: bool, length: int
 ) -> None:
     """Many more keys than lists have room for: bounds are sampled, and where integers tie the sample says little."""
     controller = draw.random.choice(["given", "threshold", "variance", "entropy"])
-    share = draw.random.choice([1, 1, 32])
-    inputs, options = selection(draw, controller, kind, 170, 50, integers, share=share)
+    share, block = draw.random.choice([1, 1, 8, 32]), draw.random.choice([0, 0, 8])
+    inputs, options = selection(draw, controller, kind, 170, length, integers, share=share, block=block)
     found = []
     for _ in range(2):
         found.append(select(*inputs, **options))
         use_definitions(monkeypatch)
     assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
-    mine, expected = (unpack(words, 50) for words, _, _ in found)
-    if integers and controller == "given":
+    mine, expected = (unpack(words, length) for words, _, _ in found)
+    if integers and controller == "given" and not block:
         assert torch.equal(mine, expected)
-    assert (mine != expected).any(-1).float().mean() < 0.1  # where a statistic or a score hangs on rounding
+    assert (mine != expected).any(-1).float().mean() <= 0.1  # where a statistic or a score hangs on rounding
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 1e-30])
-def test_equal_scores_select_the_earliest_keys(draw: Draw, value: float) -> None:
-    inputs, options = selection(draw, "given", "relu", 150, 40, True, local_window=0, sink_tokens=0)
+@pytest.mark.parametrize("length", [3, 40])
+def test_equal_scores_select_the_earliest_keys(draw: Draw, value: float, length: int) -> None:
+    inputs, options = selection(draw, "given", "relu", 150, length, True, local_window=0, sink_tokens=0)
     q, k, weight, bias, starts, wanted, _, *rest = inputs
     words, _, _ = select(torch.ones_like(q), k * 0 + value, weight, bias, starts, wanted, wanted, *rest, **options)
-    place = torch.arange(150) - starts[:, 110:, None]
-    available = torch.arange(110, 150) - starts[:, 110:] + 1
+    place = torch.arange(150) - starts[:, 150 - length :, None]
+    available = torch.arange(150 - length, 150) - starts[:, 150 - length :] + 1
     kept = torch.minimum(wanted.clamp(options["k_min"], options["k_max"]), available)
-    assert torch.equal(unpack(words, 40), (place >= 0) & (place < kept[..., None]))
+    assert torch.equal(unpack(words, length), (place >= 0) & (place < kept[..., None]))
 
 
-def test_nan_and_infinite_scores_rank_first(draw: Draw) -> None:
-    inputs, options = selection(draw, "given", "relu", 150, 40, True, local_window=0, sink_tokens=0)
+@pytest.mark.parametrize("length", [3, 40])
+def test_nan_and_infinite_scores_rank_first(draw: Draw, length: int) -> None:
+    inputs, options = selection(draw, "given", "relu", 150, length, True, local_window=0, sink_tokens=0)
     q, k, weight, bias, _, _, _, *rest = inputs
-    starts, wanted = torch.zeros(2, 150, dtype=torch.long), torch.full((2, 40), 4)
+    starts, wanted = torch.zeros(2, 150, dtype=torch.long), torch.full((2, length), 4)
     options |= {"k_min": 1, "k_max": 4}
     k[:, [3, 50]], k[:, 77], q = torch.nan, torch.inf, q.abs() + 1
     words, _, _ = select(q, k, weight, bias, starts, wanted, wanted, *rest, **options)
-    mask = unpack(words, 40)
+    mask = unpack(words, length)
     assert mask[:, :, [3, 50, 77]].all()
     assert (mask.sum(-1) == 4).all()
 

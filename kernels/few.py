@@ -1,0 +1,188 @@
+"""The best keys of a few queries, as in decoding: no time to lose on one query, so that all of the GPU works on it.
+
+S scores of a query are written, as `ordered` numbers, and the k-th of them is found digit by digit: a histogram of the
+first 8 bits says which bin it is in, one of the next 8 bits within that bin which bin there, and so on. Everything runs
+on the GPU, and shapes do not depend on what is found: a CUDA graph can hold it.
+
+- Floor: the indexer keys are read once, S·d_I·2 bytes; scores, 4 bytes each, are written once and read five times.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.scores import FORCED, of_queries, ordered, queries_of_tile, score_block
+
+FEW = 16  # queries of a row, at most
+DIGITS, BINS = 4, 256  # of 8 bits; Triton's histograms slow down with the number of bins
+BLOCK = 4096  # scores of a program
+NOT_VISIBLE = -(2**31)
+
+
+class Limits(NamedTuple):
+    """Keys that queries must choose, the last and the first that they see, and between what their numbers must be."""
+
+    local_window: int
+    sink_tokens: int
+    k_min: int
+    k_max: int
+
+
+def unordered(values: Tensor) -> Tensor:
+    """The fp32 scores whose `ordered` numbers these are."""
+    return (values ^ ((values >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def scores_of_few(inputs: tuple[Tensor, ...], open_: Tensor | None, shape: dict[str, int | bool]) -> Tensor:
+    """`ordered` scores [B, R, S] int32 of R queries; `NOT_VISIBLE` where `open_` [B, 1, S] (words) does not let one.
+
+    What lies before a query's first key or after its last is unspecified.
+    """
+    q, k = inputs[:2]
+    batch, rows, num_keys = q.shape[0], q.shape[1], k.shape[1]
+    values = torch.empty(batch, rows, num_keys, dtype=torch.int32, device=q.device)
+    per_program = 4 * shape["N"]
+    words = values if open_ is None else open_
+    _score[(triton.cdiv(num_keys, per_program), batch)](
+        *inputs, words, values, rows, num_keys, OPEN=open_ is None, M=FEW, BLOCKS=4, num_warps=4, num_stages=3, **shape
+    )
+    return values
+
+
+def choose_few(
+    values: Tensor, starts: Tensor, lasts: Tensor, wanted: Tensor, limits: Limits, words: Tensor, word_stride: int
+) -> None:
+    """Set the bits of each query's `wanted` [B, R] best keys in `words` [B, 1, S], which are 0.
+
+    Args:
+        values: [B, R, S] int32, `scores_of_few`.
+        starts: [B, R] int32, the first key that a query sees.
+        lasts: [B, R] int32, and the last.
+        wanted: [B, R] int32; as many are chosen, within the limits, and no more than a query sees.
+        limits: see there.
+        words: see there.
+        word_stride: of its rows.
+    """
+    batch, rows, num_keys = values.shape
+    counts = torch.zeros(batch, rows, DIGITS, BINS, dtype=torch.int32, device=values.device)
+    grid = (triton.cdiv(num_keys, BLOCK), rows, batch)
+    common = (values, starts, lasts, wanted, *limits, counts)
+    for digit in range(DIGITS):
+        _count[grid](*common, num_keys, DIGIT=digit, DIGITS=DIGITS, BLOCK=BLOCK, BINS=BINS, num_warps=8)
+    _set[grid](*common, words, word_stride, num_keys, DIGITS=DIGITS, BLOCK=BLOCK, BINS=BINS, num_warps=8)
+
+
+@triton.jit
+def _score(
+    q, k, weights, biases, starts, lasts, open_words, values, num_rows, num_keys,
+    OPEN: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1)
+    row, real, start, last = queries_of_tile(starts, lasts, 0, batch, num_rows, M, M)
+    end = tl.minimum(tl.max(last) + 1, num_keys)
+    first = tl.program_id(0) * (BLOCKS * N)
+    if first < end:
+        queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
+        bit = tl.arange(0, M)
+        for i in range(first, tl.minimum(first + BLOCKS * N, end), N):
+            key = i + tl.arange(0, N)
+            inside = key < end
+            _, scores, _ = score_block(
+                key, inside, k, queries, gates, offsets, open_words, open_words, 0, bit, batch, num_keys,
+                False, KIND, HEADS, D, DP, RAW, FAST,
+            )  # fmt: skip
+            order = ordered(tl.trans(scores))
+            if not OPEN:
+                word = tl.load(open_words + batch.to(tl.int64) * num_keys + key, mask=inside, other=0)
+                order = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, order, -2147483648)
+            tl.store(values + row[:, None] * num_keys + key[None, :], order, mask=real[:, None] & inside[None, :])
+
+
+@triton.jit
+def orders(values, starts, lasts, local, sink, row, key, num_keys):
+    """`ordered` scores of a query's keys, forced ones highest; those that it does not see are −2³¹."""
+    start, last = tl.load(starts + row), tl.load(lasts + row)
+    seen = (key >= start) & (key <= last) & (key < num_keys)
+    order = tl.load(values + row * num_keys + key, mask=seen, other=-2147483648)
+    forced = (key > last - local) | (key < start + sink)
+    highest = ordered(tl.full(key.shape, FORCED, tl.float32))
+    return tl.where(forced & (order != -2147483648), highest, order)
+
+
+@triton.jit
+def number(wanted, starts, lasts, local, sink, k_min, k_max, row):
+    """How many keys a query chooses."""
+    available = tl.maximum(tl.load(lasts + row) - tl.load(starts + row) + 1, 0)
+    forced = tl.minimum(available, tl.minimum(available, local) + tl.minimum(available, sink))
+    want = tl.minimum(tl.maximum(tl.load(wanted + row), k_min), k_max)
+    return tl.minimum(tl.maximum(want, forced), available)
+
+
+@triton.jit
+def digit_of(order, DIGIT: tl.constexpr):
+    """A digit of numbers counted from the least that there is, the first of them being the highest."""
+    return ((order ^ -2147483648) >> (24 - 8 * DIGIT)) & 255
+
+
+@triton.jit
+def found(counts, row, want, DIGIT: tl.constexpr, DIGITS: tl.constexpr, BINS: tl.constexpr):
+    """A digit of the `want`-th largest number, which one of those that share it the number is, and how many do."""
+    bins = tl.arange(0, BINS)
+    count = tl.load(counts + (row * DIGITS + DIGIT) * BINS + bins)
+    reached = tl.sum(count) - tl.cumsum(count, 0) + count  # how many have this digit or a larger one
+    digit = tl.sum((reached >= want).to(tl.int32)) - 1
+    above = tl.sum(tl.where(bins > digit, count, 0))
+    return digit, want - above, tl.sum(tl.where(bins == digit, count, 0))
+
+
+@triton.jit
+def _count(
+    values, starts, lasts, wanted, local, sink, k_min, k_max, counts, num_keys,
+    DIGIT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Histogram of one digit, over the numbers whose earlier digits are those of the wanted one."""
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * BLOCK <= tl.load(lasts + row):
+        order = orders(values, starts, lasts, local, sink, row, key, num_keys)
+        here = order != -2147483648
+        want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
+        for digit in tl.static_range(DIGIT):
+            mine, want, _ = found(counts, row, want, digit, DIGITS, BINS)
+            here = here & (digit_of(order, digit) == mine)
+        histogram = tl.histogram(digit_of(order, DIGIT), BINS, here)
+        target = counts + (row * DIGITS + DIGIT) * BINS + tl.arange(0, BINS)
+        tl.atomic_add(target, histogram, mask=histogram > 0, sem="relaxed")
+
+
+@triton.jit
+def _set(
+    values, starts, lasts, wanted, local, sink, k_min, k_max, counts, words, word_stride, num_keys,
+    DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Bits of the numbers above the wanted one, and of those equal to it the earliest as long as there is room."""
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
+    first = tl.program_id(0) * BLOCK
+    if (first <= tl.load(lasts + row)) & (want > 0):
+        least = tl.full((), 0, tl.int32)
+        equals = tl.full((), 0, tl.int32)
+        for digit in tl.static_range(DIGITS):
+            mine, want, equals = found(counts, row, want, digit, DIGITS, BINS)
+            least = (least << 8) | mine
+        least = least ^ -2147483648
+        key = first + tl.arange(0, BLOCK)
+        order = orders(values, starts, lasts, local, sink, row, key, num_keys)
+        equal = order == least
+        if equals > want:  # then earlier blocks may have taken some
+            for i in range(0, first, BLOCK):
+                earlier = orders(values, starts, lasts, local, sink, row, i + tl.arange(0, BLOCK), num_keys)
+                want -= tl.sum((earlier == least).to(tl.int32))
+        chosen = (order > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= want))
+        bit = tl.full((BLOCK,), 1, tl.int32) << tl.program_id(1)
+        target = words + tl.program_id(2).to(tl.int64) * word_stride + key
+        tl.atomic_or(target, bit, mask=chosen, sem="relaxed")
