@@ -83,7 +83,8 @@ class Ratio(Controller):
 
     def nominal(self, available: Tensor) -> Tensor:
         # fp64, and less than an ulp's worth of slack: 0.1 · 30 is 3, not the 3.0000000000000004 that rounds up to 4
-        return (available.double() * self.config.ratio - 1e-9).ceil().long()
+        wanted = (available.double() * self.config.ratio - 1e-9).ceil().long()
+        return wanted.clamp(self.config.k_min, self.config.k_max)
 
 
 class Threshold(Controller):

@@ -178,7 +178,7 @@ class _Row:
         """The k by which candidate blocks are counted."""
         config = self.config.controller
         if config.kind == "ratio":
-            return math.ceil(config.ratio * len(self.visible(t)) - 1e-9)
+            return min(max(math.ceil(config.ratio * len(self.visible(t)) - 1e-9), config.k_min), config.k_max)
         return config.k_max if config.kind in ("threshold", "learned") else config.k
 
     def _log_k(self, t: int) -> Tensor:
