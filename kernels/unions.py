@@ -34,16 +34,28 @@ def unions(words: Tensor, ends: Tensor, tile: int, capacity: int, pad: int = 128
         capacity: room for the keys of one list: S, or any other bound on their number.
         pad: lists are followed by as many entries of key 0 and word 0 as make their length a multiple of this.
     """
-    batch, rows, keys = words.shape
-    lists = rows * (WORD // tile)
+    if tile == WORD:
+        return _list_of(None, words, ends, 1, WORD, capacity, pad)
+    whole = _list_of(None, words, ends, 1, WORD, min(capacity * (WORD // tile), words.shape[2]), pad)
+    return _list_of(whole.keys, whole.words, whole.counts, WORD // tile, tile, min(capacity, words.shape[2]), pad)
+
+
+def _list_of(
+    keys: Tensor | None, words: Tensor, ends: Tensor, parts: int, tile: int, capacity: int, pad: int
+) -> Unions:
+    """Lists of each `tile` bits of rows [B, N, S] of words, up to `ends` [B, N], which belong to `keys`.
+
+    `keys` [B, N, S], or `None` where key s is at place s.
+    """
+    batch, rows, length = words.shape
     capacity = -(-capacity // pad) * pad
-    found = torch.empty(batch, lists, capacity, dtype=torch.int32, device=words.device)
+    found = torch.empty(batch, rows * parts, capacity, dtype=torch.int32, device=words.device)
     members = torch.empty_like(found)
-    counts = torch.empty(batch, lists, dtype=torch.int32, device=words.device)
+    counts = torch.empty(batch, rows * parts, dtype=torch.int32, device=words.device)
     if counts.numel():
-        _list[(batch * lists,)](
-            words, ends, found, members, counts, words.stride(0), keys, capacity, lists,
-            TILE=tile, PAD=pad, BLOCK=BLOCK, num_warps=8,
+        _list[(batch * rows * parts,)](
+            words if keys is None else keys, words, ends, found, members, counts, words.stride(0), length, capacity,
+            rows * parts, LISTED=keys is not None, PARTS=parts, TILE=tile, PAD=pad, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return Unions(found, members, counts)
 
@@ -57,26 +69,32 @@ def causal_ends(words: Tensor, num_queries: int, first: int) -> Tensor:
 
 @triton.jit
 def _list(
-    words, ends, found, members, counts, stride, num_keys, capacity, lists,
-    TILE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    keys, words, ends, found, members, counts, stride, length, capacity, lists,
+    LISTED: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     batch, tile = program // lists, program % lists
-    per_word: tl.constexpr = 32 // TILE
-    row = batch.to(tl.int64) * stride + (tile // per_word).to(tl.int64) * num_keys
-    of_tile = tl.full((), (1 << TILE) - 1, tl.int64).to(tl.int32) << (tile % per_word * TILE)
+    row = batch.to(tl.int64) * stride + (tile // PARTS).to(tl.int64) * length
+    of_tile = tl.full((), (1 << TILE) - 1, tl.int64).to(tl.int32) << (tile % PARTS * TILE)
     out = program.to(tl.int64) * capacity
     count = 0
-    end_key = tl.minimum(tl.load(ends + batch * (lists // per_word) + tile // per_word), num_keys)
-    for first in range(0, end_key, BLOCK):
-        key = first + tl.arange(0, BLOCK)
-        word = tl.load(words + row + key, mask=key < end_key, other=0) & of_tile
-        present = (word != 0).to(tl.int32)
-        place = count + tl.cumsum(present, 0) - 1
-        tl.store(found + out + place, key, mask=(word != 0) & (place < capacity))
-        tl.store(members + out + place, word, mask=(word != 0) & (place < capacity))
-        count += tl.sum(present)
-    tl.store(counts + program, count)
+    stop = tl.load(ends + batch * (lists // PARTS) + tile // PARTS)
+    end = tl.minimum(stop, length)
+    for first in range(0, end, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        word = tl.load(words + row + place, mask=place < end, other=0) & of_tile
+        here = word != 0
+        key = place
+        if LISTED:
+            key = tl.load(keys + row + place, mask=here, other=0)
+        target = count + tl.cumsum(here.to(tl.int32), 0) - 1
+        tl.store(found + out + target, key, mask=here & (target < capacity))
+        tl.store(members + out + target, word, mask=here & (target < capacity))
+        count += tl.sum(here.to(tl.int32))
+    if LISTED:
+        tl.store(counts + program, tl.where(stop > length, capacity + 1, count))  # what comes from a cut list is cut
+    else:
+        tl.store(counts + program, count)
     place = count + tl.arange(0, PAD)
     end = (count + PAD - 1) // PAD * PAD
     tl.store(found + out + place, 0, mask=place < tl.minimum(end, capacity))

@@ -39,7 +39,8 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernels with their constants and options."""
     four, eight = {"num_warps": 4}, {"num_warps": 8, "num_stages": 3}
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
-        (unions._list, {"TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
+        (unions._list, {"LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
+        (unions._list, {"LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (windows._spread, {"BLOCK": 1024}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, four),
