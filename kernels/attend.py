@@ -27,7 +27,9 @@ from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
 
 CHUNK = 8192  # queries whose unions are listed at once
-FORWARD_ROWS, BACKWARD_ROWS = 64, 128  # queries × heads of a program, the fastest measured on an H100
+# Queries × heads of a program. In the forward 64 rows read each key from the L2 cache more often than 128 and compute
+# less, as their unions are shorter; what neighbours share costs nothing more for 128. The fastest measured on an H100.
+FORWARD_ROWS, SHARED_ROWS, BACKWARD_ROWS = 64, 128, 128
 LOG2_E = math.log2(math.e)
 
 
@@ -79,7 +81,7 @@ def attend_backward_definition(
 
 @torch.library.custom_op("gsa::attend", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False, alike: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys selected for it.
 
@@ -91,6 +93,7 @@ def attend(
             selects a key after itself.
         most: a bound on the number of keys that one query selects.
         deterministic: gradients equal from run to run, more slowly.
+        alike: how many neighbouring queries share a selection; it decides what the operation costs, not what it is.
 
     Returns:
         The output [B, T, H, d] in the type of `q`, 0 for a query without keys, and the logarithm of the sum of
@@ -104,7 +107,7 @@ def attend(
         return attend_few(q, k, v, words, min(most, k.shape[1]))
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    tiles, kv_heads = Tiles.of(heads // k.shape[2], FORWARD_ROWS), k.shape[2]
+    tiles, kv_heads = Tiles.of(heads // k.shape[2], SHARED_ROWS if alike >= WORD else FORWARD_ROWS), k.shape[2]
     for first in range(0, length, CHUNK):
         part = words[:, first // WORD : (first + CHUNK) // WORD]
         lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
@@ -118,7 +121,9 @@ def attend(
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False, alike: int = 1
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -140,12 +145,13 @@ def attend_backward(
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     batch, length, heads, size = q.shape
     kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2], BACKWARD_ROWS)
-    delta = (grad.float() * out.float()).sum(-1)
     scale = 1 / math.sqrt(size)
-    dq = torch.empty_like(q)
-    norms = (
-        [x.float().norm(dim=-1).amax() for x in (grad, q, v)] if q.numel() and k.numel() else [delta.new_zeros(())] * 3
-    )
+    dq, delta = torch.empty_like(q), torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
+    if delta.numel():
+        _products[(triton.cdiv(delta.numel(), 64),)](grad, out.contiguous(), delta, delta.numel(), D=size, ROWS=64)
+    norms = [delta.new_zeros(())] * 3
+    if deterministic and q.numel() and k.numel():
+        norms = [x.float().norm(dim=-1).amax() for x in (grad, q, v)]
     dv = Gradient(v, norms[0], length * heads, deterministic)
     dk = Gradient(k, 2 * scale * norms[0] * norms[1] * norms[2], length * heads, deterministic)
     for first in range(0, length, CHUNK):
@@ -176,14 +182,14 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    q, k, v, words, most, deterministic = inputs
+    q, k, v, words, most, deterministic, _ = inputs
     ctx.save_for_backward(q, k, v, words, *output)
     ctx.options = (most, deterministic)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
-    return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+    return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 attend.register_autograd(_differentiate, setup_context=_save)
@@ -286,3 +292,13 @@ def _backward(
         add(dv, place, tl.dot(tl.trans(p), upstream, input_precision="ieee"), wanted, dv_unit, FIXED)
         add(dk, place, tl.dot(tl.trans(ds), queries, input_precision="ieee"), wanted, dk_unit, FIXED)
     tl.store(dq + head_row[:, None] * D + channel, acc, mask=real[:, None])
+
+
+@triton.jit
+def _products(a, b, out, rows, D: tl.constexpr, ROWS: tl.constexpr):
+    """Σ a·b of each row of D."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    place = row[:, None] * D + tl.arange(0, D)
+    wanted = (row < rows)[:, None]
+    x, y = tl.load(a + place, mask=wanted, other=0.0), tl.load(b + place, mask=wanted, other=0.0)
+    tl.store(out + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=row < rows)

@@ -134,6 +134,11 @@ class Indexer:
         self.options = {"k_base": k, "k_max": k, **options}
 
     @property
+    def alike(self) -> int:
+        """How many neighbours share a selection."""
+        return self.options.get("share", 1)
+
+    @property
     def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.q, self.k, self.weight, self.bias
 
@@ -212,7 +217,7 @@ def _rows_of_length(config: BenchConfig, length: int) -> Iterator[Row]:
     q, k, v = _tensors(config, 1, length, length)
     grad = torch.randn_like(q)
     dense = dense_times(q, k, v, time) if "forward" in config.operations or "warmup" in config.operations else {}
-    trained = [x.detach().requires_grad_() for x in (q, k, v)]
+    trained = (q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_())
     dense_both = {}
     if "training" in config.operations or "warmup" in config.operations:
         dense_both = dense_times(*trained, time, grad)
@@ -240,7 +245,7 @@ def _forward_row(
     time: Callable[[Callable[[], Any]], float],
 ) -> Row:
     def run() -> Any:
-        return attend(*tensors, indexer.select(), most)
+        return attend(*tensors, indexer.select(), most, alike=indexer.alike)
 
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
@@ -252,7 +257,7 @@ def _forward_row(
         "u32": overlap(words, config.k),
         "ours_ms": time(run),
         "select_ms": time(indexer.select),
-        "attend_ms": time(lambda: attend(*tensors, words, most)),
+        "attend_ms": time(lambda: attend(*tensors, words, most, alike=indexer.alike)),
         "dense_ms": dense,
         "peak_gib": peak / 2**30,
         "stages_ms": stages(run),
@@ -264,7 +269,7 @@ def _training_row(
     config: BenchConfig,
     name: str,
     indexer: Indexer,
-    trained: list[Tensor],
+    trained: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     most: int,
     dense: dict[str, float],
@@ -276,7 +281,7 @@ def _training_row(
 
     def run() -> Any:
         words = indexer.select()
-        out, lse = attend(*trained, words, most)
+        out, lse = attend(*trained, words, most, alike=indexer.alike)
         loss = divergence(q, k, lse.detach(), words, *scores, most, "gated_sigmoid", TAU)[0].sum()
         return torch.autograd.grad((out, loss), [*trained, *scores], (grad, torch.ones_like(loss)))
 
@@ -317,9 +322,8 @@ def _decode_rows(config: BenchConfig, length: int, batch: int) -> Iterator[Row]:
     dense = dense_times(q, k, v, graph_milliseconds)
     for name in ("4x64", "1x128"):
         heads, size, _ = MODES[name]
-        index_q, index_k = (
-            torch.randn(batch, *s, device="cuda").bfloat16() for s in ((1, heads, size), (length, size))
-        )
+        index_q = torch.randn(batch, 1, heads, size, device="cuda").bfloat16()
+        index_k = torch.randn(batch, length, size, device="cuda").bfloat16()
         weight, bias = torch.rand(batch, 1, heads, device="cuda").bfloat16(), torch.zeros(heads, device="cuda")
         starts = torch.zeros(batch, length, dtype=torch.long, device="cuda")
         wanted = torch.full((batch, 1), config.k, device="cuda")

@@ -96,18 +96,32 @@ def spread_definition(words: Tensor, number: Tensor, firsts: Tensor, lasts: Tens
 @triton.jit
 def _spread(words, number, firsts, lasts, out, num_words, length, num_keys, BLOCK: tl.constexpr):
     tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    key = start + tl.arange(0, BLOCK)
     inside = key < num_keys
+    count = tl.minimum(32, length - tile * 32)
+    query = tl.arange(0, 32)
+    real = query < count
+    at = batch * length + tile * 32 + query
+    leaders = tl.load(number + at, mask=real, other=0)
+    leader = tl.max(tl.where(real, leaders, -1))
+    alone = tl.min(tl.where(real, leaders, leader)) == leader
+    first = tl.min(tl.load(firsts + at, mask=real, other=2147483647))
+    last = tl.max(tl.load(lasts + at, mask=real, other=-1))
     word = tl.zeros((BLOCK,), tl.int32)
-    leader = -1
-    led = tl.zeros((BLOCK,), tl.int32)
-    for j in range(tl.minimum(32, length - tile * 32)):
-        at = batch * length + tile * 32 + j
-        mine = tl.load(number + at)
-        if mine != leader:
-            place = words + (batch * num_words + mine // 32) * num_keys + key
-            led = (tl.load(place, mask=inside, other=0) >> (mine % 32)) & 1
-            leader = mine
-        window = (key >= tl.load(firsts + at)) & (key <= tl.load(lasts + at))
-        word = word | ((led | window.to(tl.int32)) << j)
+    if start <= last:
+        if alone:  # the usual case: windows are no smaller than words
+            led = tl.load(words + (batch * num_words + leader // 32) * num_keys + key, mask=inside, other=0)
+            everyone = tl.sum(tl.where(real, tl.full((32,), 1, tl.int32) << query, 0))
+            word = -((led >> (leader % 32)) & 1) & everyone
+        else:
+            for j in range(count):
+                mine = tl.load(number + batch * length + tile * 32 + j)
+                led = tl.load(words + (batch * num_words + mine // 32) * num_keys + key, mask=inside, other=0)
+                word = word | (((led >> (mine % 32)) & 1) << j)
+        if start + BLOCK > first:
+            for j in range(count):
+                one = batch * length + tile * 32 + j
+                window = (key >= tl.load(firsts + one)) & (key <= tl.load(lasts + one))
+                word = word | (window.to(tl.int32) << j)
     tl.store(out + (batch * tl.num_programs(0) + tile) * num_keys + key, word, mask=inside)

@@ -77,7 +77,7 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     assert words is not None
 
     deterministic = torch.are_deterministic_algorithms_enabled()
-    attended, lse = attend(tokens.q, tokens.k, tokens.v, words, most, deterministic)
+    attended, lse = attend(tokens.q, tokens.k, tokens.v, words, most, deterministic, share)
     loss = None
     if trains and scores is not None:
         kind, tau = config.indexer.kind, config.indexer.temperature

@@ -58,6 +58,7 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     for size in (64, 128):
         shape = {**ATTEND, "D": size}
         found.append((attend._forward, {**shape, "TILE": 16, "PART": 4}, {"num_warps": 4, "num_stages": 5}))
+        found.append((attend._products, {"D": size, "ROWS": 64}, four))
         for fixed in (False, True):
             constants = {**shape, "TILE": 32, "PART": 4, "FIXED": fixed, "BLOCK": 32 if fixed else 64}
             found.append((attend._backward, constants, {"num_warps": 8, "num_stages": 2}))

@@ -41,7 +41,7 @@ def test_attention_is_as_exact_as_dense_attention_is(draw: Draw, heads: int, kv_
         exact = (q.double(), k.double(), v.double())
         out, lse = attend_definition(*exact, words)
         expected = (out, *attend_backward_definition(grad.double(), *exact, words, out, lse))
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        inputs = (q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_())
         found = dense_attention(*inputs).transpose(1, 2) if mask is causal else attend(*inputs, words, length)[0]
         found = (found, *torch.autograd.grad(found, inputs, grad))
         errors.append([off(x, y) for x, y in zip(found, expected, strict=True)])
