@@ -90,7 +90,12 @@ def graph_milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return milliseconds(lambda: [graph.replay() for _ in range(repeats)], 3) / repeats
+
+    def replay() -> None:
+        for _ in range(repeats):
+            graph.replay()
+
+    return milliseconds(replay, 3) / repeats
 
 
 def stages(run: Callable[[], Any]) -> dict[str, float]:
@@ -143,7 +148,7 @@ class Indexer:
         return self.q, self.k, self.weight, self.bias
 
     def select(self) -> Tensor:
-        inputs = (*self.scores, self.starts, self.wanted, self.wanted, None, None)
+        inputs = (*self.scores, self.starts, self.wanted, self.wanted, None, None, None)
         words: Tensor = select(*inputs, **self.options)[0]
         return words
 
@@ -329,7 +334,7 @@ def _decode_rows(config: BenchConfig, length: int, batch: int) -> Iterator[Row]:
         wanted = torch.full((batch, 1), config.k, device="cuda")
 
         def run() -> Any:
-            inputs = (index_q, index_k, weight, bias, starts, wanted, wanted, None, None)  # noqa: B023
+            inputs = (index_q, index_k, weight, bias, starts, wanted, wanted, None, None, None)  # noqa: B023
             words = select(*inputs, k_base=config.k, k_max=config.k)[0]
             return attend(q, k, v, words, config.k)
 

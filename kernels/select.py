@@ -25,6 +25,7 @@ def select(
     wanted: Tensor,
     reference: Tensor | None,
     leader: Tensor | None,
+    past: Tensor | None,
     kind: str = "gated_sigmoid",
     controller: str = "given",
     k_base: int = 2048,
@@ -39,7 +40,7 @@ def select(
     block: int = 0,
     candidates: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Select keys for the last T of S tokens.
+    """Select keys for T of S tokens, the last ones unless `past` says otherwise.
 
     Args:
         q: [B, T, H_I, d_I] indexer queries.
@@ -51,6 +52,8 @@ def select(
         wanted: [B, T] the number of keys wanted, read where the controller is `given`.
         reference: the running mean that `variance` and `entropy` compare with.
         leader: [B, S'] bool, S' ≤ S: the selection of the window that is open when the queries begin.
+        past: [B] int, how many keys come before the first query, S − T at most. What `k` holds after the last query is
+            not looked at: in a cache with room to grow, with `past` on the GPU, no shape depends on the token.
         kind: and all that follow, see `Rule`.
 
     Returns:
@@ -59,7 +62,7 @@ def select(
     """
     rule = Rule(kind, controller, k_base, k_min, k_max, temperature, tau, threshold, local_window, sink_tokens, share,
                 block, candidates)  # fmt: skip
-    return _select(Scores(q, k, weight, bias), starts, nominal, wanted, reference, leader, rule)
+    return _select(Scores(q, k, weight, bias), starts, nominal, wanted, reference, leader, past, rule)
 
 
 @select.register_fake
@@ -73,6 +76,7 @@ def _(
     wanted: Tensor,
     reference: Tensor | None,
     leader: Tensor | None,
+    past: Tensor | None,
     kind: str = "gated_sigmoid",
     controller: str = "given",
     k_base: int = 2048,
@@ -100,12 +104,17 @@ def _select(
     wanted: Tensor,
     reference: Tensor | None,
     leader: Tensor | None,
+    past: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length = nominal.shape
     num_keys = scores.k.shape[1]
     positions = torch.arange(num_keys - length, num_keys, device=scores.q.device).expand(batch, -1)
-    asked = Asked(starts[:, num_keys - length :], positions, nominal, wanted)
+    own_starts = starts[:, num_keys - length :]
+    if past is not None:
+        positions = past[:, None] + torch.arange(length, device=past.device)
+        own_starts = starts.gather(1, positions)
+    asked = Asked(own_starts, positions, nominal, wanted)
     if rule.share == 1 or not length:
         words, statistic = one_or_two_levels(scores, starts, asked, reference, rule)
         return words, statistic, torch.empty(batch, 0, dtype=torch.bool, device=words.device)
@@ -114,7 +123,7 @@ def _select(
     leads = (positions - asked.starts) % rule.share == 0
     if length <= FEW:  # all are handled, so that the host need not know which lead
         words, found = one_or_two_levels(scores, starts, asked, reference, rule)
-        windows = Windows.of(asked.starts, num_keys, rule.share)
+        windows = Windows.of(asked.starts, positions, rule.share)
         number = torch.where(leads, torch.arange(length, device=words.device), -1).cummax(1).values
         words, leader = windows.share(words, number, leader)
         return words, torch.where(leads, found, 0.0), leader
@@ -125,6 +134,6 @@ def _select(
     led = led._replace(lasts=torch.where(real, led.lasts, -1))
     words, found = one_or_two_levels(scores.at(rows), starts, led, reference, rule)
     statistic = torch.zeros(batch, length, dtype=torch.float32, device=words.device).scatter_(1, rows, found)
-    windows = Windows.of(asked.starts, num_keys, rule.share)
+    windows = Windows.of(asked.starts, positions, rule.share)
     words, leader = windows.share(words, leads.cumsum(1) - 1, leader)
     return words, torch.where(leads, statistic, 0.0), leader

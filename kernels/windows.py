@@ -23,9 +23,8 @@ class Windows(NamedTuple):
     positions: Tensor  # [B, T] the queries' own places
 
     @classmethod
-    def of(cls, starts: Tensor, num_keys: int, share: int) -> "Windows":
-        """Windows of `share` queries, the last T of the keys; `starts` [B, T] are their documents' first keys."""
-        positions = torch.arange(num_keys - starts.shape[1], num_keys, device=starts.device).expand_as(starts)
+    def of(cls, starts: Tensor, positions: Tensor, share: int) -> "Windows":
+        """Windows of `share` queries at `positions` [B, T]; `starts` [B, T] are their documents' first keys."""
         return cls(positions - (positions - starts) % share, positions)
 
     def share(self, words: Tensor, number: Tensor, leader: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,9 +51,9 @@ class Windows(NamedTuple):
 
 def visible(starts: Tensor, num_keys: int) -> Tensor:
     """Words of all keys from each query's document's start [B, T] to itself; the queries are the last of the keys."""
-    windows = Windows.of(starts, num_keys, 1)
+    positions = torch.arange(num_keys - starts.shape[1], num_keys, device=starts.device).expand_as(starts)
     nothing = torch.zeros(starts.shape[0], 1, num_keys, dtype=torch.int32, device=starts.device)
-    words: Tensor = spread(nothing, torch.zeros_like(starts), starts, windows.positions)
+    words: Tensor = spread(nothing, torch.zeros_like(starts), starts, positions)
     return words
 
 

@@ -72,7 +72,7 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
         assert asked.lower is not None  # the layer checks
         words = pack(asked.lower) if asked.lower.dtype == torch.bool else asked.lower
         if share > 1:
-            windows = Windows.of(tokens.own_starts, num_keys, share)
+            windows = Windows.of(tokens.own_starts, tokens.positions.expand_as(tokens.own_starts), share)
             words, leader = windows.share(words, windows.firsts - tokens.past, asked.leader)
     assert words is not None
 
@@ -143,7 +143,7 @@ def _select(
     reference = controller.reference if isinstance(controller, Uncertainty) else None
     options = dataclasses.astuple(rule)
     return select(  # type: ignore[no-any-return]
-        *scores, tokens.starts, nominal, nominal if wanted is None else wanted, reference, leader, *options
+        *scores, tokens.starts, nominal, nominal if wanted is None else wanted, reference, leader, None, *options
     )
 
 

@@ -72,7 +72,7 @@ def selection(draw: Draw, controller: str, kind: str, keys: int, length: int, in
     of_kind = (None if kind == "sigmoid" else weight, None if kind == "relu" else bias)
     given = {"kind": kind, "controller": controller, "k_base": k_base, "k_min": k_min, "k_max": k_max}
     drawn = {"local_window": draw.random.choice([0, 3]), "sink_tokens": draw.random.choice([0, 2])}
-    return (q, k, *of_kind, starts, wanted, wanted, torch.tensor(0.3), None), given | drawn | options
+    return (q, k, *of_kind, starts, wanted, wanted, torch.tensor(0.3), None, None), given | drawn | options
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -167,6 +167,26 @@ def test_nan_and_infinite_scores_rank_first(draw: Draw, length: int) -> None:
     mask = unpack(words, length)
     assert mask[:, :, [3, 50, 77]].all()
     assert (mask.sum(-1) == 4).all()
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_keys_beyond_the_last_query_are_not_looked_at(draw: Draw, share: int) -> None:
+    """A cache with room to grow: rows of different lengths, and NaN where nothing is held yet."""
+    length, keys = draw.random.choice([1, 5]), 60
+    inputs, options = selection(draw, "given", "sigmoid", keys, length, True, share=share)
+    q, k, weight, bias, starts, wanted, _, reference, *_ = inputs
+    past = draw.integers(8, keys - length, 2)
+    for b in range(2):
+        starts[b], k[b, past[b] + length :] = draw.random.randint(0, 7), torch.nan
+    words, _, leader = select(q, k, weight, bias, starts, wanted, wanted, reference, None, past, **options)
+    for b in range(2):
+        held = int(past[b]) + length
+        row = (None if x is None else x[b : b + 1] for x in (q, k[:, :held], weight))
+        alone = (*row, bias, starts[b : b + 1, :held], wanted[b : b + 1], wanted[b : b + 1], reference, None, None)
+        expected, _, led = select(*alone, **options)
+        assert torch.equal(words[b, :, :held], expected[0])
+        assert not words[b, :, held:].any()
+        assert torch.equal(leader[b, : led.shape[1]], led[0])
 
 
 def test_attention_without_keys_or_queries_is_nothing(draw: Draw) -> None:
