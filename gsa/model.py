@@ -229,7 +229,8 @@ class GSAForCausalLM(nn.Module):
                 f"max_new_tokens = {max_new_tokens} >= 0"
             )
         generator = torch.Generator(tokens.device).manual_seed(seed)
-        training, cache, new = self.training, Cache(self.config.num_layers), tokens
+        cache = Cache(self.config.num_layers, tokens.shape[1] + max_new_tokens)
+        training, new = self.training, tokens
         self.eval()
         for _ in range(max_new_tokens):
             logits = self(new, cache=cache)[:, -1]

@@ -308,7 +308,7 @@ def _warmup_rows(
     scores = [x.detach().requires_grad_() for x in indexer.scores]
 
     def forward() -> Tensor:
-        words = visible(indexer.starts, length)
+        words = visible(indexer.starts, torch.arange(length, device="cuda"), length)
         _, lse = attend(*tensors, words, length)
         each: Tensor = divergence(*tensors[:2], lse, words, *scores, length, "gated_sigmoid", TAU)[0]
         return each.sum()

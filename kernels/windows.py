@@ -49,11 +49,10 @@ class Windows(NamedTuple):
         return spread(words, number, self.firsts, self.positions), ((word >> (last % WORD)[:, None].int()) & 1).bool()
 
 
-def visible(starts: Tensor, num_keys: int) -> Tensor:
-    """Words of all keys from each query's document's start [B, T] to itself; the queries are the last of the keys."""
-    positions = torch.arange(num_keys - starts.shape[1], num_keys, device=starts.device).expand_as(starts)
+def visible(starts: Tensor, positions: Tensor, num_keys: int) -> Tensor:
+    """Words of all keys from each query's document's start [B, T] to its own place, `positions` [T]."""
     nothing = torch.zeros(starts.shape[0], 1, num_keys, dtype=torch.int32, device=starts.device)
-    words: Tensor = spread(nothing, torch.zeros_like(starts), starts, positions)
+    words: Tensor = spread(nothing, torch.zeros_like(starts), starts, positions.expand_as(starts))
     return words
 
 

@@ -97,19 +97,16 @@ class GatedSparseAttention(nn.Module):
         """
         config = self.config
         batch, length, _ = hidden.shape
-        past = 0
-        if cache is not None and "key" in cache.tensors:
-            past = cache.tensors["key"].shape[1]
-        packed = starts is not None
-        if starts is None:
-            starts = torch.zeros(batch, past + length, dtype=torch.long, device=hidden.device)
+        positions = torch.arange(length, device=hidden.device)
+        if cache is not None:
+            positions = cache.positions(length, hidden.device)
         sparse = config.sparse and stage == "sparse"
         if sparse and config.selection.reuse and lower is None and length:
             raise RequestError(f"layer {self.layer} reuses a selection {config.selection.reuse} below: none was given")
 
         gate_means: dict[str, Tensor] = {}
-        positions = torch.arange(past, past + length, device=hidden.device)
-        place = positions - starts[:, past:]
+        own_starts = positions.new_zeros(batch, length) if starts is None else starts.index_select(1, positions)
+        place = positions - own_starts
         q = self._gate("G4", hidden, self.query(hidden).unflatten(-1, (-1, config.head_dim)), gate_means)
         k = self._gate("G3", hidden, self.key(hidden).unflatten(-1, (-1, config.head_dim)), gate_means)
         v = self._gate("G2", hidden, self.value(hidden).unflatten(-1, (-1, config.head_dim)), gate_means)
@@ -121,11 +118,14 @@ class GatedSparseAttention(nn.Module):
             k, v = cache.extend("key", k), cache.extend("value", v)
             index_keys = None if index_keys is None else cache.extend("indexer_key", index_keys)
 
-        tokens = Projected(hidden, q, k, v, index_queries, index_keys, starts, packed)
+        packed, roomy = starts is not None, cache is not None and cache.room is not None
+        if starts is None:
+            starts = positions.new_zeros(batch, k.shape[1])
+        tokens = Projected(hidden, q, k, v, index_queries, index_keys, starts, own_starts, positions, packed, roomy)
         asked = Asked(stage, lower, None if cache is None else cache.leader, keep_selection, indexer_loss, measure)
         core = self._core(tokens, asked)
         if cache is not None:
-            cache.leader = core.leader
+            cache.keep_leader(core.leader)
         attended = self._gate("G1", hidden, core.attended, gate_means)
         output = self.out(attended.flatten(2))
         if "G5" in self.gates:

@@ -6,7 +6,6 @@ There are two of these cores, `chunked` in plain PyTorch and `fused` on the kern
 import dataclasses
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from gsa.attention.config import AttentionConfig, Stage
@@ -25,7 +24,7 @@ class Parts(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """T tokens, the last of S that are held."""
+    """T tokens among S that are held, the last of them, or those before a cache's free room."""
 
     hidden: Tensor  # [B, T, D]
     q: Tensor  # [B, T, H, d]
@@ -34,22 +33,17 @@ class Projected(NamedTuple):
     index_queries: IndexerQueries | None
     index_keys: Tensor | None  # [B, S, d_I]
     starts: Tensor  # [B, S] the first position of each token's document
+    own_starts: Tensor  # [B, T], `starts` of these tokens
+    positions: Tensor  # [T], places of these tokens among all that are held
     packed: bool  # whether any document may start after position 0
+    roomy: bool  # whether there may be free room after these tokens, in which nothing is to be looked at
 
     @property
-    def past(self) -> int:
-        """The number of tokens held before these."""
-        return self.k.shape[1] - self.q.shape[1]
-
-    @property
-    def positions(self) -> Tensor:
-        """[T], places among all that are held."""
-        return torch.arange(self.past, self.k.shape[1], device=self.q.device)
-
-    @property
-    def own_starts(self) -> Tensor:
-        """[B, T], `starts` of these tokens."""
-        return self.starts[:, self.past :]
+    def past(self) -> Tensor | None:
+        """[B], how many come before these tokens; `None` where these are all or the last."""
+        if self.roomy:
+            return self.positions[:1].expand(self.q.shape[0])
+        return None
 
 
 class Asked(NamedTuple):

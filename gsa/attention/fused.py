@@ -55,7 +55,7 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     trains = asked.indexer_loss and asked.stage != "dense" and scores is not None
     if not tokens.q.shape[1]:
         return Attended(torch.zeros_like(tokens.q), None, asked.leader, None, None, {})
-    if not (sparse or trains or tokens.packed or tokens.past or asked.measure):
+    if not (sparse or trains or tokens.packed or num_keys > tokens.q.shape[1] or asked.measure):
         q, k, v = (x.transpose(1, 2) for x in (tokens.q, tokens.k, tokens.v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         return Attended(attended, None, asked.leader, None, None, {})
@@ -67,13 +67,13 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
         if sparse:
             most, leader = rule.most_attended(num_keys), led if share > 1 else leader
     if not sparse:
-        words = visible(tokens.own_starts, num_keys)
+        words = visible(tokens.own_starts, tokens.positions, num_keys)
     elif words is None:
         assert asked.lower is not None  # the layer checks
         words = pack(asked.lower) if asked.lower.dtype == torch.bool else asked.lower
         if share > 1:
             windows = Windows.of(tokens.own_starts, tokens.positions.expand_as(tokens.own_starts), share)
-            words, leader = windows.share(words, windows.firsts - tokens.past, asked.leader)
+            words, leader = windows.share(words, windows.firsts - tokens.positions[0], asked.leader)
     assert words is not None
 
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -143,7 +143,7 @@ def _select(
     reference = controller.reference if isinstance(controller, Uncertainty) else None
     options = dataclasses.astuple(rule)
     return select(  # type: ignore[no-any-return]
-        *scores, tokens.starts, nominal, nominal if wanted is None else wanted, reference, leader, None, *options
+        *scores, tokens.starts, nominal, nominal if wanted is None else wanted, reference, leader, tokens.past, *options
     )
 
 

@@ -69,7 +69,7 @@ def test_packed_documents_give_what_each_gives_alone(draw: Draw) -> None:
 def test_prefill_then_decode_equals_one_forward(draw: Draw, controller: str, indexer: str) -> None:
     model = draw.model(controller=controller, indexer=indexer)
     tokens, starts = tokens_for(draw, 2, 24), draw.random.choice([None, draw.starts(2, 24)])
-    full, cache = model(tokens, starts=starts), Cache(4)
+    full, cache = model(tokens, starts=starts), Cache(4, draw.random.choice([None, 24, 30]))
     for call in draw.splits(24):
         logits = model(tokens[:, call], starts=None if starts is None else starts[:, call], cache=cache)
         assert_close(logits, full[:, call], rtol=0, atol=1e-10)
@@ -84,9 +84,17 @@ def test_prefill_then_decode_equals_one_forward_in_fp32_at_initial_weights(draw:
         assert_close(model(tokens[:, call], cache=cache), full[:, call], rtol=0, atol=1e-5)
 
 
-def test_a_call_without_starts_goes_on_with_the_document_of_the_cache(draw: Draw) -> None:
+def test_a_cache_without_room_is_refused_by_name(draw: Draw) -> None:
+    model, cache = draw.model(), Cache(4, 5)
+    model(tokens_for(draw, 2, 4), cache=cache)
+    with pytest.raises(RequestError, match="2 more tokens after 4 exceed its capacity, 5"):
+        model(tokens_for(draw, 2, 2), cache=cache)
+
+
+@pytest.mark.parametrize("capacity", [None, 12])
+def test_a_call_without_starts_goes_on_with_the_document_of_the_cache(draw: Draw, capacity: int | None) -> None:
     model = draw.model()
-    tokens, cache = tokens_for(draw, 2, 9), Cache(4)
+    tokens, cache = tokens_for(draw, 2, 9), Cache(4, capacity)
     starts = torch.where(torch.arange(9) < 3, 0, 3).expand(2, 9)
     model(tokens[:, :6], starts=starts[:, :6], cache=cache)
     assert_close(model(tokens[:, 6:], cache=cache), model(tokens, starts=starts)[:, 6:])

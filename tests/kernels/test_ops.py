@@ -201,7 +201,7 @@ def test_visible_words_are_causal_and_stay_in_their_document(draw: Draw) -> None
     starts = draw.starts(2, 70)
     key = torch.arange(70)
     expected = (key >= starts[..., None]) & (key <= key[:, None])
-    assert torch.equal(unpack(visible(starts, 70), 70), expected)
+    assert torch.equal(unpack(visible(starts, key, 70), 70), expected)
     assert torch.equal(unpack(pack(expected), 70), expected)
 
 

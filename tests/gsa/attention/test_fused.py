@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from gsa.attention.attention import AttentionResult, GatedSparseAttention
-from gsa.attention.cache import LayerCache
+from gsa.attention.cache import Cache
 from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.oracle import OracleResult, oracle_attention
 from gsa.errors import RequestError
@@ -115,12 +115,12 @@ def test_decoding_in_pieces_equals_one_forward(draw: Draw) -> None:
         layer = draw.layer(config, dtype=torch.float32).eval()
         hidden, starts = draw.hidden(layer, 2, 38), draw.starts(2, 38)
         whole = layer.attend(hidden, starts)
-        cache = LayerCache()
-        parts = [
-            layer.attend(hidden[:, rows], starts[:, : rows.stop], cache=cache).output
-            for rows in (slice(0, 20), slice(20, 21), slice(21, 37), slice(37, 38))
-        ]
-        assert_close(torch.cat(parts, 1), whole.output, atol=1e-5, rtol=1e-4)
+        for capacity in (None, 45):
+            cache, parts = Cache(1, capacity), []
+            for rows in (slice(0, 20), slice(20, 21), slice(21, 37), slice(37, 38)):
+                held = cache.extend_starts(starts[:, rows], 2, rows.stop - rows.start, hidden.device)
+                parts.append(layer.attend(hidden[:, rows], held, cache=cache.layers[0]).output)
+            assert_close(torch.cat(parts, 1), whole.output, atol=1e-5, rtol=1e-4)
 
 
 def test_statistics_and_uncertainty_equal_those_of_the_torch_backend(draw: Draw) -> None:
