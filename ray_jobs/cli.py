@@ -170,6 +170,34 @@ def doctor(storage: Storage = Path("runs")) -> None:
     _next("gsa sweep configs/sweep/quickstart.yaml")
 
 
+@app.command(epilog="Example: `gsa bench --length 131072 --operation forward --json`")
+def bench(
+    length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times for several lengths")] = None,
+    heads: Annotated[int, typer.Option(help="query heads")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="key/value heads")] = 8,
+    head_dim: Annotated[int, typer.Option(help="channels of a head")] = 128,
+    k: Annotated[int, typer.Option(help="keys that a query selects")] = 2048,
+    overlap: Annotated[list[float] | None, typer.Option(help="u(32), keys of 32 neighbours' union over k")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="sequences decoded at once")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="forward, training, warmup, decode; default: all")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON, with the time split by stage")] = False,
+) -> None:
+    """Sparse attention on the kernels against PyTorch's dense attention, on this GPU, in one run."""
+    from kernels.bench import BenchConfig
+    from ray_jobs.bench import run_bench, show
+
+    usual = BenchConfig()
+    settings = BenchConfig(
+        tuple(length or usual.lengths), heads, kv_heads, head_dim, k, tuple(overlap or usual.overlaps),
+        tuple(batch or usual.batches), tuple(operation or usual.operations),
+    )  # fmt: skip
+    found = run_bench(settings, None if json else console)
+    if json:
+        print(found.to_json())
+    else:
+        show(found, console)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; errors that a user can act on become one line and an exit code."""
     handler = RichHandler(console=errors, show_path=False, log_time_format="%X")

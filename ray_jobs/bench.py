@@ -1,0 +1,97 @@
+"""`gsa bench`: the kernels' benchmark, checked before it starts and shown when it has ended."""
+
+import dataclasses
+import datetime
+import json
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from gsa.attention.fused import HEAD_SIZES
+from gsa.errors import RequestError
+from kernels.bench import OPERATIONS, BenchConfig, Row, rows
+from kernels.support import problem
+
+LONGEST, WIDEST, MOST = 2**20, 1024, 512  # tokens, heads, sequences
+
+
+@dataclasses.dataclass
+class BenchReport:
+    gpu: str
+    torch: str
+    triton: str
+    date: str
+    rows: list[Row]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def check(config: BenchConfig) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        RequestError: an option out of bounds.
+    """
+    for name, values, low, high in (
+        ("length", config.lengths, 64, LONGEST),
+        ("heads", (config.heads,), 1, WIDEST),
+        ("kv-heads", (config.kv_heads,), 1, config.heads),
+        ("k", (config.k,), 1, LONGEST),
+        ("overlap", config.overlaps, 1, 32),
+        ("batch", config.batches, 1, MOST),
+    ):
+        for value in values:
+            if not low <= value <= high:
+                raise RequestError(f"gsa bench: --{name} {value} must be from {low} to {high}")
+    if config.heads % config.kv_heads:
+        raise RequestError(f"gsa bench: --heads {config.heads} is no multiple of --kv-heads {config.kv_heads}")
+    if config.head_dim not in HEAD_SIZES:
+        raise RequestError(f"gsa bench: --head-dim {config.head_dim} is none of {', '.join(map(str, HEAD_SIZES))}")
+    for name in config.operations:
+        if name not in OPERATIONS:
+            raise RequestError(f"gsa bench: --operation {name} is none of {', '.join(OPERATIONS)}")
+
+
+def run_bench(config: BenchConfig, console: Console | None = None) -> BenchReport:
+    """Measure; with a console, say what has been measured as it is.
+
+    Raises:
+        RequestError: an option out of bounds, or no GPU to measure on.
+    """
+    check(config)
+    reason = problem()
+    if reason is not None:
+        raise RequestError(f"gsa bench needs a GPU: {reason}")
+    found = []
+    for row in rows(config):
+        found.append(row)
+        if console is not None:
+            console.print(
+                f"{row['operation']}, {row['T']} tokens, {row['indexer']}: {row['speedup']:.2f}x", markup=False
+            )
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return BenchReport(torch.cuda.get_device_name(), torch.__version__, triton.__version__, date, found)
+
+
+def show(report: BenchReport, console: Console) -> None:
+    """Print a table."""
+    columns = ("operation", "T", "batch", "heads", "indexer", "u(32)", "selection", "attention", "ours, ms")
+    table = Table(*columns, *_backends(report), "against the best", "peak, GiB", title_justify="left")
+    table.title = f"{report.gpu}, torch {report.torch}, Triton {report.triton}, {report.date}; milliseconds"
+    for row in report.rows:
+        numbers = [row.get(name) for name in ("u32", "select_ms", "attend_ms", "ours_ms")]
+        numbers += [row["dense_ms"].get(name) for name in _backends(report)]
+        about = (row["operation"], str(row["T"]), str(row.get("batch", 1)), row["heads"], row["indexer"])
+        table.add_row(*about, *map(_text, numbers), f"{row['speedup']:.2f}x", _text(row.get("peak_gib")))
+    console.print(table)
+
+
+def _backends(report: BenchReport) -> list[str]:
+    return list(dict.fromkeys(name for row in report.rows for name in row["dense_ms"]))
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
