@@ -55,18 +55,20 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     trains = asked.indexer_loss and asked.stage != "dense" and scores is not None
     if not tokens.q.shape[1]:
         return Attended(torch.zeros_like(tokens.q), None, asked.leader, None, None, {})
-    if not (sparse or trains or tokens.packed or num_keys > tokens.q.shape[1] or asked.measure):
+    selects = sparse and not _keeps_all(parts, num_keys)
+    keeps = asked.keep_selection and sparse
+    if not (selects or trains or keeps or tokens.packed or num_keys > tokens.q.shape[1] or asked.measure):
         q, k, v = (x.transpose(1, 2) for x in (tokens.q, tokens.k, tokens.v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         return Attended(attended, None, asked.leader, None, None, {})
 
     words, leader, most, statistic = None, asked.leader, num_keys, None
-    if scores is not None and (sparse or (trains and _watches(parts))):
+    if scores is not None and (selects or (trains and _watches(parts))):
         rule = rule_of(parts)
         words, statistic, led = _select(parts, tokens, scores, asked.leader, rule)
-        if sparse:
+        if selects:
             most, leader = rule.most_attended(num_keys), led if share > 1 else leader
-    if not sparse:
+    if not selects:
         words = visible(tokens.own_starts, tokens.positions, num_keys)
     elif words is None:
         assert asked.lower is not None  # the layer checks
@@ -88,12 +90,19 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
         loss = total / (tokens.own_starts <= tokens.positions).sum().clamp_min(1)
     return Attended(
         attended=attended,
-        selection=words if asked.keep_selection and sparse else None,
+        selection=words if keeps else None,
         leader=leader,
         indexer_loss=loss,
         uncertainty=_uncertainty(parts, tokens, statistic),
         sums=_measure(parts, tokens, words) if asked.measure else {},
     )
+
+
+def _keeps_all(parts: Parts, num_keys: int) -> bool:
+    """Whether every query selects all that it sees, so that there is nothing to score."""
+    config = parts.config
+    one_level = config.selection.coarse is None and config.selection.share == 1 and not config.selection.reuse
+    return one_level and config.controller.kind == "fixed" and config.controller.k >= num_keys
 
 
 def rule_of(parts: Parts) -> Rule:

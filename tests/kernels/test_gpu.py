@@ -6,14 +6,16 @@ from torch import Tensor
 
 import kernels.best
 from gsa.attention.attention import GatedSparseAttention
+from gsa.attention.cache import Cache
 from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.controller import ControllerConfig
 from gsa.attention.selection import SelectionConfig
 from kernels.attend import attend, attend_backward_definition, attend_definition
 from kernels.bench import Indexer, dense_attention
 from kernels.rule import Scores, scores_definition
+from kernels.select import select
 from kernels.support import INTERPRET
-from kernels.words import pack, unpack
+from kernels.words import WORD, pack, unpack
 from tests.draw import CONTROLLERS, Draw
 
 pytestmark = [
@@ -128,3 +130,88 @@ def test_an_offset_beyond_two_to_the_31_reads_the_right_keys() -> None:
     out, _ = attend(q, k, k, words, 5)
     expected, _ = attend_definition(q, k[:, -5:], k[:, -5:], words[:, :, -5:].contiguous())
     assert off(out, expected) < 0.01
+
+
+@pytest.mark.parametrize("length", [1, 13, 5000])
+@pytest.mark.parametrize(("kind", "heads", "size"), [("gated_sigmoid", 1, 128), ("relu", 4, 64)])
+def test_selections_of_exactly_representable_scores_are_exact(
+    draw: Draw, kind: str, heads: int, size: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small integers, many of them equal: every row as the definition has it, for all and for the last few queries."""
+    keys, k = 5000, draw.random.choice([1, 100, 512])
+    q, index_k = draw.integers(-2, 2, 2, length, heads, size), draw.integers(-2, 2, 2, keys, size)
+    weight = torch.ones(2, length, heads)
+    starts = torch.zeros(2, keys, dtype=torch.long)
+    starts[:, 1000:] = 1000
+    wanted = draw.integers(0, k, 2, length)
+    rounded = (x.bfloat16() for x in (q, index_k, weight))
+    inputs = [x.cuda() for x in (*rounded, torch.zeros(heads), starts, wanted)]
+    found = []
+    for _ in range(2):
+        found.append(select(*inputs, inputs[-1], None, None, None, kind=kind, k_base=k, k_max=k, local_window=3)[0])
+        monkeypatch.setattr(kernels.best, "runs_triton", lambda _: False)
+    assert torch.equal(*found)
+
+
+def test_rows_of_128k_tokens_equal_the_definition() -> None:
+    """Spot rows: selections by the certificate, outputs within bf16's rounding of fp64."""
+    length, k, heads = 131_072, 2048, 8
+    indexer = Indexer(length, 4, 64, k, 0.99)
+    q, key, value = (torch.randn(1, length, n, 128, device="cuda").bfloat16() for n in (heads, 2, 2))
+    words = indexer.select()
+    out, _ = attend(q, key, value, words, k)
+    rows = torch.cat((torch.tensor([0, 1, 31, 2047, 2048, 65_536, length - 1]), torch.randint(0, length, (25,)))).cuda()
+    selected = ((words[:, rows // WORD] >> (rows % WORD)[:, None].int()) & 1).bool()
+    of_rows = Scores(indexer.q[:, rows], indexer.k, indexer.weight[:, rows], indexer.bias)
+    scores = scores_definition(of_rows, "gated_sigmoid")
+    visible = torch.arange(length, device="cuda") <= rows[:, None]
+    assert not (selected & ~visible).any()
+    assert torch.equal(selected.sum(-1)[0], (rows + 1).clamp_max(k))
+    least = scores.masked_fill(~selected, torch.inf).amin(-1)
+    most = scores.masked_fill(selected | ~visible, -torch.inf).amax(-1)
+    assert (most - least <= 2 * 4 * TANH).all()
+    packed = pack(selected)
+    expected, _ = attend_definition(q[:, rows].double(), key.double(), value.double(), packed)
+    assert off(out[:, rows], expected) < 0.005
+
+
+@pytest.mark.parametrize("selection", [SelectionConfig(), SelectionConfig(share=8, local_window=4)])
+def test_decoding_in_a_cuda_graph_equals_one_forward(selection: SelectionConfig) -> None:
+    """One captured token, replayed: the same logits as all tokens at once, and as decoding without a graph."""
+    attention = AttentionConfig(
+        hidden_size=256, num_heads=8, num_kv_heads=2, head_dim=64, selection=selection,
+        controller=ControllerConfig(kind="fixed", k=64, k_min=32, k_max=64),
+    )  # fmt: skip
+    layers = [GatedSparseAttention(attention, number).cuda().bfloat16().eval() for number in range(2)]
+    prompt, total = 300, 340
+    hidden = torch.randn(3, total, 256, device="cuda", dtype=torch.bfloat16)
+
+    def run(part: Tensor, cache: Cache) -> Tensor:
+        starts = cache.extend_starts(None, 3, part.shape[1], part.device)
+        for number, layer in enumerate(layers):
+            part = part + layer.attend(part, starts, cache=cache.layers[number]).output
+        return part
+
+    with torch.no_grad():
+        whole = run(hidden, Cache(2))
+        cache = Cache(2, total + 7)
+        token = hidden[:, prompt : prompt + 1].clone()
+        run(hidden[:, :prompt], cache)
+        leaders = [None if layer.leader is None else layer.leader.clone() for layer in cache.layers]
+        run(token, cache)  # warms up
+        assert cache.room is not None
+        seen = cache.room.seen
+        assert seen is not None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(token, cache)
+        seen.fill_(prompt)
+        for layer, leader in zip(cache.layers, leaders, strict=True):
+            layer.keep_leader(leader)
+        found = []
+        for t in range(prompt, total):
+            token.copy_(hidden[:, t : t + 1])
+            graph.replay()
+            found.append(out.clone())
+    assert int(seen) == total
+    assert off(torch.cat(found, 1), whole[:, prompt:]) < 0.02

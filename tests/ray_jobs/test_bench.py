@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -29,7 +30,7 @@ from ray_jobs.bench import BenchReport, run_bench, show
         ("operations", ("forward", "foward"), "--operation foward is none of forward, training, warmup, decode"),
     ],
 )
-def test_an_option_out_of_bounds_is_refused_by_name(setting: str, value: object, message: str) -> None:
+def test_an_option_out_of_bounds_is_refused_by_name(setting: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         run_bench(dataclasses.replace(BenchConfig(), **{setting: value}))
 
