@@ -295,10 +295,10 @@ def _backward(
 
 
 @triton.jit
-def _products(a, b, out, rows, D: tl.constexpr, ROWS: tl.constexpr):
-    """Σ a·b of each row of D."""
+def _products(grad, out, delta, rows, D: tl.constexpr, ROWS: tl.constexpr):
+    """Σ grad · out of each row of D."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = row[:, None] * D + tl.arange(0, D)
     wanted = (row < rows)[:, None]
-    x, y = tl.load(a + place, mask=wanted, other=0.0), tl.load(b + place, mask=wanted, other=0.0)
-    tl.store(out + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=row < rows)
+    x, y = tl.load(grad + place, mask=wanted, other=0.0), tl.load(out + place, mask=wanted, other=0.0)
+    tl.store(delta + row, tl.sum(x.to(tl.float32) * y.to(tl.float32), 1), mask=row < rows)

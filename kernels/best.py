@@ -152,6 +152,8 @@ def _best_triton(
     samples = triton.cdiv(num_keys, plan.stride)
     shape = _shape(scores, rule)
     wide = {"LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3, **shape}
+    if heads > 1 and (listed or not given) and not INTERPRET:
+        wide["N"] = 64  # 128 keys of several heads want more registers than there are
     narrow = {"N": 64} if heads == 1 and not INTERPRET else {}
     forced = (rule.local_window, rule.sink_tokens)
     p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
@@ -212,7 +214,7 @@ def _best_triton(
         choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
             *inputs, *lists, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
-            LISTED=listed, num_warps=4, **shape,
+            LISTED=listed, num_warps=8, **shape | {"N": 16 if INTERPRET else 64},
         )  # fmt: skip
 
 

@@ -152,6 +152,8 @@ def divergence_backward(
     largest = largest if weight is None else largest * weight.abs().amax().clamp_min(1e-30)
     dk = Gradient(index_k, largest, length * heads, deterministic)
     launch = _Launch(q, k, lse, words, scores, most, kind, tau)
+    if heads > 1 and not INTERPRET:
+        launch.shape["BLOCK"] = 128  # a third less time than 64, on an H100
     for lists, common in launch.chunks():
         _backward[launch.grid(lists)](
             *common, sums, grad.contiguous(), dq, dk.sum, dk.unit, dweight, dbias, FIXED=deterministic, **launch.shape
@@ -216,7 +218,7 @@ class _Launch:
             "KIND": KINDS[kind], "INDEX_HEADS": index_heads, "PADDED": triton.next_power_of_2(index_heads),
             "INDEX_D": index_size, "INDEX_P": max(triton.next_power_of_2(index_size), 16),
             "FAST": not INTERPRET, "ROUNDED": q.dtype != torch.float32, "BLOCK": 16 if INTERPRET else 64,
-            "num_warps": 8, "num_stages": 2,
+            "num_warps": 8, "num_stages": 3,
         }  # fmt: skip
 
     def chunks(self):

@@ -16,6 +16,7 @@ from gsa.attention.core import Asked, Attended, Parts, Projected
 from gsa.attention.selection import Blocks, Queries
 from gsa.attention.statistics import Sums, add, selection_sums
 from kernels.attend import attend
+from kernels.dense import attend_all
 from kernels.divergence import divergence
 from kernels.rule import Rule, Scores
 from kernels.select import select
@@ -79,7 +80,11 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     assert words is not None
 
     deterministic = torch.are_deterministic_algorithms_enabled()
-    attended, lse = attend(tokens.q, tokens.k, tokens.v, words, most, deterministic, share)
+    frozen = not (torch.is_grad_enabled() and (tokens.q.requires_grad or tokens.v.requires_grad))
+    if frozen and not selects and not tokens.packed and num_keys == tokens.q.shape[1]:  # as in the warm-up
+        attended, lse = attend_all(tokens.q, tokens.k, tokens.v)
+    else:
+        attended, lse = attend(tokens.q, tokens.k, tokens.v, words, most, deterministic, share)
     loss = None
     if trains and scores is not None:
         kind, tau = config.indexer.kind, config.indexer.temperature

@@ -15,12 +15,24 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from kernels import attend, choose, divergence, levels, scan, unions, windows
+from kernels import attend, choose, divergence, few, levels, scan, split, unions, windows
 
 INTEGERS = {"starts", "lasts", "words", "counts", "ranks", "ends", "states", "values", "found", "members", "wanted"}
-INTEGERS |= {"keys", "list_keys", "list_words", "list_counts", "numbers", "firsts", "of_key", "near", "sinks"}
+INTEGERS |= {
+    "keys",
+    "open_words",
+    "partial",
+    "list_keys",
+    "list_words",
+    "list_counts",
+    "numbers",
+    "firsts",
+    "of_key",
+    "near",
+    "sinks",
+}
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "loss", "dweight", "dbias"}
-FLOATS |= {"dk", "dv", "dk_unit", "dv_unit"}
+FLOATS |= {"logs", "dk", "dv", "dk_unit", "dv_unit"}
 SCALARS = {"scale", "index_scale", "tau", "threshold"}
 ROUNDED = {"q", "k", "v", "out", "grad", "dq", "index_q", "index_k", "weights"}
 
@@ -47,29 +59,46 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (choose.choose, {"P": 4096}, {"num_warps": 8}),
         (choose.choose, {"P": 8192}, {"num_warps": 16}),
         (choose.choose_tied, {"ROWS": 8, "P": 1024}, four),
-        (divergence._forward, KL_ONE, {"num_warps": 8, "num_stages": 2}),
-        (divergence._forward, KL_FOUR, {"num_warps": 8, "num_stages": 2}),
+        (divergence._forward, KL_ONE, eight),
+        (divergence._forward, KL_FOUR, eight),
+        (few._score, {**ONE_HEAD, "OPEN": True, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
+        (few._score, {**FOUR_HEADS, "OPEN": False, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
+        *((few._count, {"DIGIT": digit, "DIGITS": 4, "BLOCK": 4096, "BINS": 256}, eight) for digit in range(4)),
+        (few._set, {"DIGITS": 4, "BLOCK": 4096, "BINS": 256}, eight),
+        (split._count, {"BLOCK": 4096}, four),
+        (split._list, {"BLOCK": 4096, "BLOCKS": 32}, four),
+        (split._join, {"HEADS": 32, "D": 128, "SPLITS": 16}, four),
     ]
     found += [
-        (divergence._backward, {**shape, "FIXED": fixed}, {"num_warps": 8, "num_stages": 2})
-        for shape in (KL_ONE, KL_FOUR)
+        (divergence._backward, {**shape, "FIXED": fixed}, eight)
+        for shape in (KL_ONE, {**KL_FOUR, "BLOCK": 128})
         for fixed in (False, True)
     ]
     for size in (64, 128):
+        shape = {**ATTEND, "D": size, "PART": 16, "STEP": 256}
+        found.append((split._attend, shape, {"num_warps": 4, "num_stages": 3}))
+    for size in (64, 128):
         shape = {**ATTEND, "D": size}
-        found.append((attend._forward, {**shape, "TILE": 16, "PART": 4}, {"num_warps": 4, "num_stages": 5}))
+        found.append(
+            (attend._forward, {**shape, "TILE": 16, "PART": 4, "WIDE": False}, {"num_warps": 4, "num_stages": 5})
+        )
         found.append((attend._products, {"D": size, "ROWS": 64}, four))
         for fixed in (False, True):
             constants = {**shape, "TILE": 32, "PART": 4, "FIXED": fixed, "BLOCK": 32 if fixed else 64}
-            found.append((attend._backward, constants, {"num_warps": 8, "num_stages": 2}))
+            found.append((attend._backward, constants, eight))
     for shape in (ONE_HEAD, FOUR_HEADS):
         for listed in (False, True):
-            wide = {**shape, "LISTED": listed, "M": 32, "N": 128}
-            found.append((scan.sample, wide, eight))
-            sums = (0,) if shape["RAW"] else (0, 1, 2, 3)
-            found += [(scan.mark, {**wide, "SUM": kind}, eight) for kind in sums]
-            found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 128, "FORCES": True}, four))
-        found.append((choose.rescore, {**shape, "M": 16, "N": 128, "FORCES": True}, four))
+            wide = {**shape, "LISTED": listed, "M": 32, "N": 64 if listed and shape["HEADS"] > 1 else 128}
+            found += [(scan.sample, wide, eight), (scan.mark, {**wide, "SUM": 0}, eight)]
+            if not shape["RAW"]:
+                half = {**wide, "N": 64}
+                found += [
+                    (scan.sample, half, eight),
+                    *((scan.mark, {**half, "SUM": kind}, eight) for kind in (1, 2, 3)),
+                ]
+            found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64}, {"num_warps": 8}))
+        narrow = 64 if shape["HEADS"] == 1 else 128
+        found.append((choose.rescore, {**shape, "M": 16, "N": narrow, "FORCES": True}, four))
     return found
 
 
