@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from collections.abc import Callable, Iterable
 
 import torch
 import triton
@@ -55,8 +56,10 @@ def check(config: BenchConfig) -> None:
             raise RequestError(f"gsa bench: --operation {name} is none of {', '.join(OPERATIONS)}")
 
 
-def run_bench(config: BenchConfig, console: Console | None = None) -> BenchReport:
-    """Measure; with a console, say what has been measured as it is.
+def run_bench(
+    config: BenchConfig, console: Console | None = None, measured: Callable[[], Iterable[Row]] | None = None
+) -> BenchReport:
+    """Measure what `config` says, or what `measured` gives; with a console, say what has been measured as it is.
 
     Raises:
         RequestError: an option out of bounds, or no GPU to measure on.
@@ -66,7 +69,7 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> BenchRepor
     if reason is not None:
         raise RequestError(f"gsa bench needs a GPU: {reason}")
     found = []
-    for row in rows(config):
+    for row in rows(config) if measured is None else measured():
         found.append(row)
         if console is not None:
             console.print(

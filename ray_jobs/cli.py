@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -180,9 +181,15 @@ def bench(
     overlap: Annotated[list[float] | None, typer.Option(help="u(32), keys of 32 neighbours' union over k")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="sequences decoded at once")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="forward, training, warmup, decode; default: all")] = None,
+    run: Annotated[str | None, typer.Option(help="measure each layer of this checkpoint on its held-out text")] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON, with the time split by stage")] = False,
+    storage: Storage = Path("runs"),
+    tracking_uri: TrackingUri = None,
+    experiment: Experiment = "gsa",
 ) -> None:
     """Sparse attention on the kernels against PyTorch's dense attention, on this GPU, in one run."""
+    from gsa.evaluation.speed import checkpoint_rows
+    from gsa.tracking import TrackingConfig
     from kernels.bench import BenchConfig
     from ray_jobs.bench import run_bench, show
 
@@ -191,7 +198,13 @@ def bench(
         tuple(length or usual.lengths), heads, kv_heads, head_dim, k, tuple(overlap or usual.overlaps),
         tuple(batch or usual.batches), tuple(operation or usual.operations),
     )  # fmt: skip
-    found = run_bench(settings, None if json else console)
+    measured = None
+    if run is not None:
+        if len(length or []) > 1:
+            raise RequestError("gsa bench --run: give no more than one --length")
+        tracking = TrackingConfig(tracking_uri, experiment)
+        measured = partial(checkpoint_rows, run, length[0] if length else None, tracking, storage)
+    found = run_bench(settings, None if json else console, measured)
     if json:
         print(found.to_json())
     else:

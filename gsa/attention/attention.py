@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class GatedSparseAttention(nn.Module):
         shapes = dict(zip(PLACES, [(heads, size), (kv_heads, size), (kv_heads, size), (heads, size)], strict=False))
         shapes["G5"] = (heads, hidden // heads) if config.gates.granularity == "head" else (1, hidden)
         self.gates = nn.ModuleDict({p: Gate(config.gates, hidden, *shapes[p]) for p in config.gates.places})
+        self.watch: Callable[[Parts, Projected, Asked], None] | None = None  # sees what the core is given
         self.indexer: Indexer | None = None
         self.controller: Controller | None = None
         if config.sparse and config.selection.reuse > layer:
@@ -138,6 +140,8 @@ class GatedSparseAttention(nn.Module):
 
     def _core(self, tokens: Projected, asked: Asked) -> Attended:
         parts = Parts(self.config, self.indexer, self.controller, self.training)
+        if self.watch is not None:
+            self.watch(parts, tokens, asked)
         backend = self.config.backend
         if backend == "torch" or (backend == "auto" and not tokens.q.is_cuda):
             return attend_chunked(parts, tokens, asked)

@@ -10,6 +10,8 @@ from gsa.attention.cache import Cache
 from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.controller import ControllerConfig
 from gsa.attention.selection import SelectionConfig
+from gsa.evaluation.speed import layer_rows
+from gsa.model import GSAForCausalLM, ModelConfig
 from kernels.attend import attend, attend_backward_definition, attend_definition
 from kernels.bench import Indexer, dense_attention
 from kernels.rule import Scores, scores_definition
@@ -215,3 +217,21 @@ def test_decoding_in_a_cuda_graph_equals_one_forward(selection: SelectionConfig)
             found.append(out.clone())
     assert int(seen) == total
     assert off(torch.cat(found, 1), whole[:, prompt:]) < 0.02
+
+
+def test_the_layers_of_a_model_are_timed() -> None:
+    attention = AttentionConfig(
+        hidden_size=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        controller=ControllerConfig(k=128, k_max=256, k_min=16),
+    )
+    model = GSAForCausalLM(ModelConfig(num_layers=2, vocab_size=50, attention=attention)).cuda().eval()
+    rows = list(layer_rows(model, torch.randint(0, 50, (1, 4096), device="cuda")))
+    assert [row["operation"] for row in rows] == ["layer 0", "layer 1"]
+    for row in rows:
+        assert 16 <= row["k"] <= 256
+        assert 1 <= row["u32"] <= 32
+        assert row["ours_ms"] > 0
+        assert row["dense_ms"].keys() >= {"flash"}
