@@ -154,6 +154,10 @@ def _best_triton(
     wide = {"LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3, **shape}
     if heads > 1 and (listed or not given) and not INTERPRET:
         wide["N"] = 64  # 128 keys of several heads want more registers than there are
+    marks = [wide | {"PART": 0}]
+    if given and not listed:
+        both = wide | {"M": 64 if heads == 1 else WORD}  # the same, or the parts would not meet
+        marks = [both | {"PART": 1} | ({"maxnreg": 128} if heads == 1 and not INTERPRET else {}), both | {"PART": 2}]
     narrow = {"N": 64} if heads == 1 and not INTERPRET else {}
     forced = (rule.local_window, rule.sink_tokens)
     p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
@@ -186,14 +190,15 @@ def _best_triton(
             )
             scan.bound[(count, batch)](
                 sampled, lengths, ranks[:, part].contiguous(), bounds, count, samples, grid[0], TILE=WORD,
-                P=triton.next_power_of_2(samples), num_warps=4,
+                P=triton.next_power_of_2(samples), num_warps=2,
             )  # fmt: skip
         numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
         found = torch.empty(batch, count, dtype=torch.float32, device=device)
-        scan.mark[grid](
-            *inputs, *lists, bounds, chosen, words.stride(0), numbers, found, *forced, count, num_keys, capacity,
-            rule.tau, rule.threshold, SUM=scan.SUMS[rule.controller], **wide,
-        )  # fmt: skip
+        for options in marks:
+            scan.mark[(triton.cdiv(count, options["M"]), batch)](
+                *inputs, *lists, bounds, chosen, words.stride(0), numbers, found, *forced, count, num_keys, capacity,
+                rule.tau, rule.threshold, SUM=scan.SUMS[rule.controller], **options,
+            )  # fmt: skip
         want = wanted[:, part].contiguous()
         if not given or listed:
             number = numbers if listed else asked.available[:, part]

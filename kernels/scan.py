@@ -18,6 +18,7 @@ from kernels.scores import between_counts, of_queries, ordered, queries_of_tile,
 
 SUMS = {"given": 0, "variance": 1, "entropy": 2, "threshold": 3}
 NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+BOTH, INNER, OUTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # parts of what a tile sees
 
 
 @triton.jit
@@ -138,11 +139,16 @@ def mark(
     local, sink, num_rows, num_keys, capacity, tau, threshold,
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """Words [B, ⌈R/32⌉, S] of the keys above each query's bound and of those that must be chosen.
 
-    `numbers` says how many a query could have chosen, and `sums` holds what SUM asks for: the scores' variance, the
-    entropy of softmax(tau · score), or how many reach `threshold`.
+    PART says which: BOTH, or those INNER to what a tile of M queries sees or those OUTER at its edges. Where nothing is
+    summed these are two kernels of the same M and N, of which the first, with almost all of the work, needs so few
+    registers that two programs share a multiprocessor.
+
+    With BOTH, `numbers` says how many a query could have chosen, and `sums` holds what SUM asks for: the scores'
+    variance, the entropy of softmax(tau · score), or how many reach `threshold`.
     """
     tile, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest walks first
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
@@ -159,26 +165,29 @@ def mark(
     if not LISTED:
         inner = first + tl.cdiv(tl.minimum(tl.maximum(tl.max(start) + sink, first), end) - first, N) * N
         outer = inner + tl.maximum(tl.min(last) + 1 - local - inner, 0) // N * N
-    for i in range(first, inner, N):
-        number, a, b, c = mark_block(
-            i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
-            word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
-            LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, True,
-        )  # fmt: skip
-    if not LISTED:
-        for i in range(inner, outer, N):
+    if PART != INNER:
+        for i in range(first, inner, N):
             number, a, b, c = mark_block(
-                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least,
-                target, word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
-                LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, False,
-            )  # fmt: skip
-        for i in range(outer, end, N):
-            number, a, b, c = mark_block(
-                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least,
-                target, word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
+                word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
                 LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, True,
             )  # fmt: skip
-    tl.store(numbers + row, number.to(tl.int32), mask=real)
+    if not LISTED and PART != OUTER:
+        for i in range(inner, outer, N):
+            number, a, b, c = mark_block(
+                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
+                word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+                LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, False,
+            )  # fmt: skip
+    if not LISTED and PART != INNER:
+        for i in range(outer, end, N):
+            number, a, b, c = mark_block(
+                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
+                word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+                LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, True,
+            )  # fmt: skip
+    if PART == BOTH:
+        tl.store(numbers + row, number.to(tl.int32), mask=real)
     if SUM == VARIANCE:
         a = b / tl.maximum(number, 1.0)
     if SUM == ENTROPY:

@@ -3,7 +3,9 @@
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 import triton
@@ -11,7 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gsa.attention.fused import HEAD_SIZES
+from gsa.data.packing import prepare
 from gsa.errors import RequestError
+from gsa.evaluation.speed import layer_rows
+from gsa.tracking import TrackingConfig
+from gsa.training import checkpoint
 from kernels.bench import OPERATIONS, BenchConfig, Row, rows
 from kernels.support import problem
 
@@ -77,6 +83,31 @@ def run_bench(
             )
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return BenchReport(torch.cuda.get_device_name(), torch.__version__, triton.__version__, date, found)
+
+
+def checkpoint_rows(source: str, length: int | None, tracking: TrackingConfig, storage: Path) -> Iterator[Row]:
+    """`layer_rows` of a checkpoint on its own held-out text.
+
+    Args:
+        source: a folder, `runs:/<run_id>` or a run id.
+        length: tokens of text; `None` for the context length it was trained with.
+        tracking, storage: where runs are found, and where tokenized text is cached.
+
+    Raises:
+        RequestError: there is no such checkpoint, its held-out text is too short, or the kernels cannot run a layer.
+    """
+    if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source):
+        source = f"runs:/{source}"
+    found = checkpoint.find(source, tracking, storage)
+    config = found.config()
+    windows = prepare(config.data, storage / "data").held_out
+    wanted = length or config.data.context_length
+    count = -(-wanted // config.data.context_length)
+    if count > len(windows):
+        most = len(windows) * config.data.context_length
+        raise RequestError(f"{source}: its held-out text has {most} tokens, fewer than the {wanted} asked for")
+    tokens = windows.batch(range(count)).tokens.reshape(1, -1)[:, :wanted]
+    yield from layer_rows(checkpoint.load(found).cuda().eval(), tokens.cuda())
 
 
 def show(report: BenchReport, console: Console) -> None:

@@ -188,10 +188,9 @@ def bench(
     experiment: Experiment = "gsa",
 ) -> None:
     """Sparse attention on the kernels against PyTorch's dense attention, on this GPU, in one run."""
-    from gsa.evaluation.speed import checkpoint_rows
     from gsa.tracking import TrackingConfig
     from kernels.bench import BenchConfig
-    from ray_jobs.bench import run_bench, show
+    from ray_jobs.bench import checkpoint_rows, run_bench, show
 
     usual = BenchConfig()
     settings = BenchConfig(

@@ -1,8 +1,6 @@
 """How fast each layer of a trained model attends, on a text and with the selections that it makes there."""
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,37 +8,9 @@ from torch import Tensor
 from gsa.attention.attention import GatedSparseAttention
 from gsa.attention.core import Asked, Parts, Projected
 from gsa.attention.fused import attend_fused, problem
-from gsa.data.packing import prepare
 from gsa.errors import RequestError
 from gsa.model import GSAForCausalLM
-from gsa.tracking import TrackingConfig
-from gsa.training import checkpoint
 from kernels.bench import Row, dense_times, milliseconds, overlap
-
-
-def checkpoint_rows(source: str, length: int | None, tracking: TrackingConfig, storage: Path) -> Iterator[Row]:
-    """`layer_rows` of a checkpoint on its own held-out text.
-
-    Args:
-        source: a folder, `runs:/<run_id>` or a run id.
-        length: tokens of text; `None` for the context length it was trained with.
-        tracking, storage: where runs are found, and where tokenized text is cached.
-
-    Raises:
-        RequestError: there is no such checkpoint, its held-out text is too short, or the kernels cannot run a layer.
-    """
-    if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source):
-        source = f"runs:/{source}"
-    found = checkpoint.find(source, tracking, storage)
-    config = found.config()
-    windows = prepare(config.data, storage / "data").held_out
-    wanted = length or config.data.context_length
-    count = -(-wanted // config.data.context_length)
-    if count > len(windows):
-        most = len(windows) * config.data.context_length
-        raise RequestError(f"{source}: its held-out text has {most} tokens, fewer than the {wanted} asked for")
-    tokens = windows.batch(range(count)).tokens.reshape(1, -1)[:, :wanted]
-    yield from layer_rows(checkpoint.load(found).cuda().eval(), tokens.cuda())
 
 
 def layer_rows(model: GSAForCausalLM, tokens: Tensor) -> Iterator[Row]:

@@ -55,7 +55,7 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (unions._list, {"LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (windows._spread, {"BLOCK": 1024}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
-        (scan.bound, {"TILE": 32, "P": 4096}, four),
+        (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         (choose.choose, {"P": 4096}, {"num_warps": 8}),
         (choose.choose, {"P": 8192}, {"num_warps": 16}),
         (choose.choose_tied, {"ROWS": 8, "P": 1024}, four),
@@ -89,12 +89,18 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     for shape in (ONE_HEAD, FOUR_HEADS):
         for listed in (False, True):
             wide = {**shape, "LISTED": listed, "M": 32, "N": 64 if listed and shape["HEADS"] > 1 else 128}
-            found += [(scan.sample, wide, eight), (scan.mark, {**wide, "SUM": 0}, eight)]
+            found.append((scan.sample, wide, eight))
+            if listed:
+                found.append((scan.mark, {**wide, "SUM": 0, "PART": 0}, eight))
+            else:
+                rows, most = (64, {"maxnreg": 128}) if shape["HEADS"] == 1 else (32, {})
+                found.append((scan.mark, {**wide, "M": rows, "SUM": 0, "PART": 1}, eight | most))
+                found.append((scan.mark, {**wide, "M": rows, "SUM": 0, "PART": 2}, eight))
             if not shape["RAW"]:
                 half = {**wide, "N": 64}
                 found += [
                     (scan.sample, half, eight),
-                    *((scan.mark, {**half, "SUM": kind}, eight) for kind in (1, 2, 3)),
+                    *((scan.mark, {**half, "SUM": kind, "PART": 0}, eight) for kind in (1, 2, 3)),
                 ]
             found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64}, {"num_warps": 8}))
         narrow = 64 if shape["HEADS"] == 1 else 128
