@@ -6,7 +6,7 @@ and the word of each key masks the queries that do not.
 
 - Floor: 4·d operations per head, query and key of the union; each tile reads 4·d bytes per key of its union and
   key/value head.
-- Nothing of size [T, S] exists beyond the words; lists of unions exist for `CHUNK` queries at a time.
+- Nothing of size [T, S] exists beyond the words; lists of unions exist for some queries at a time.
 - Backward: gradients of queries are gathered in registers, those of keys and values by relaxed atomics
   (`kernels.gradient`).
 """
@@ -23,10 +23,9 @@ from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
 from kernels.support import INTERPRET, runs_triton
-from kernels.unions import causal_ends, unions
+from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
 
-CHUNK = 8192  # queries whose unions are listed at once
 # Queries × heads of a program. In the forward 64 rows read each key from the L2 cache more often than 128 and compute
 # less, as their unions are shorter; what neighbours share costs nothing more for 128. The fastest measured on an H100.
 FORWARD_ROWS, SHARED_ROWS, BACKWARD_ROWS = 64, 128, 128
@@ -108,8 +107,9 @@ def attend(
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     tiles, kv_heads = Tiles.of(heads // k.shape[2], SHARED_ROWS if alike >= WORD else FORWARD_ROWS), k.shape[2]
-    for first in range(0, length, CHUNK):
-        part = words[:, first // WORD : (first + CHUNK) // WORD]
+    step = queries_at_once(batch, k.shape[1])
+    for first in range(0, length, step):
+        part = words[:, first // WORD : (first + step) // WORD]
         lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         _forward[grid](
@@ -154,8 +154,9 @@ def attend_backward(
         norms = [x.float().norm(dim=-1).amax() for x in (grad, q, v)]
     dv = Gradient(v, norms[0], length * heads, deterministic)
     dk = Gradient(k, 2 * scale * norms[0] * norms[1] * norms[2], length * heads, deterministic)
-    for first in range(0, length, CHUNK):
-        part = words[:, first // WORD : (first + CHUNK) // WORD]
+    step = queries_at_once(batch, k.shape[1])
+    for first in range(0, length, step):
+        part = words[:, first // WORD : (first + step) // WORD]
         lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         _backward[grid](
@@ -201,9 +202,16 @@ def _rounded(q: Tensor) -> bool:
 
 
 def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:
-    block = 16 if INTERPRET else 32 if fixed else 64  # int64 atomics take twice the registers
-    warps = 8 if tiles.queries * tiles.heads >= 128 else 4
-    return {"BLOCK": block, "ROUNDED": _rounded(q), "num_warps": warps, "num_stages": 3 if backward else 5}
+    """How the kernels are launched; the fastest measured on an H100."""
+    wide = tiles.queries * tiles.heads >= 128
+    meta = {"BLOCK": 64, "ROUNDED": _rounded(q), "num_warps": 8 if wide else 4, "num_stages": 3 if backward else 5}
+    if INTERPRET:
+        meta["BLOCK"] = 16
+    elif fixed:
+        meta["BLOCK"] = 32  # int64 atomics take twice the registers
+    elif wide and not backward:
+        meta |= {"BLOCK": 32, "maxnreg": 128}  # so that two programs share a multiprocessor
+    return meta
 
 
 @triton.jit

@@ -14,10 +14,9 @@ from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, uno
 from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.scores import KINDS
 from kernels.support import INTERPRET, runs_triton
-from kernels.unions import unions
+from kernels.unions import queries_at_once, unions
 from kernels.words import WORD, pack, unpack
 
-CHUNK = 8192  # queries handled at once: bounds the memory of samples and of marked scores
 SAMPLES = 4096  # of a query at most
 SIGMAS = 5  # a bound is this many deviations lower than the samples say
 TILE = 16  # queries whose marked keys are scored again together
@@ -52,9 +51,9 @@ def best(
     return words, statistic
 
 
-def _parts(asked: Asked) -> Iterator[slice]:
+def _parts(asked: Asked, num_keys: int) -> Iterator[slice]:
     batch, rows = asked.lasts.shape
-    step = max(CHUNK // batch // 64, 1) * 64
+    step = queries_at_once(batch, num_keys)
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
@@ -69,7 +68,7 @@ def _best_definition(
     statistic: Tensor,
 ) -> None:
     """What `_best_triton` computes, with every score at hand."""
-    for part in _parts(asked):
+    for part in _parts(asked, words.shape[2]):
         open_ = None if candidates is None else candidates(part)
         chosen, found = _chosen(scores.rows(part), asked.rows(part), reference, rule, open_)
         words[:, part.start // WORD : -(-part.stop // WORD)] = pack(chosen)
@@ -169,7 +168,7 @@ def _best_triton(
     starts, lasts, wanted = asked.starts.int(), asked.lasts.int(), wanted.int()
     none = torch.empty(0, dtype=torch.float32, device=device)
     k, bias = scores.k.contiguous(), none if scores.bias is None else scores.bias
-    for part in _parts(asked):
+    for part in _parts(asked, num_keys):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
         chosen, count = words[:, in_words], part.stop - part.start
         grid, ends_here = (triton.cdiv(count, WORD), batch), ends[:, in_words].contiguous()

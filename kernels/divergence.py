@@ -19,10 +19,8 @@ from kernels.gradient import Gradient, add
 from kernels.rule import Scores, scores_definition
 from kernels.scores import KINDS, sigmoid
 from kernels.support import INTERPRET, runs_triton
-from kernels.unions import causal_ends, unions
+from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
-
-CHUNK = 8192  # queries whose unions are listed at once
 
 
 def divergence_definition(
@@ -222,8 +220,9 @@ class _Launch:
         }  # fmt: skip
 
     def chunks(self):
-        for first in range(0, self.length, CHUNK):
-            part = self.words[:, first // WORD : (first + CHUNK) // WORD]
+        step = queries_at_once(self.batch, self.num_keys)
+        for first in range(0, self.length, step):
+            part = self.words[:, first // WORD : (first + step) // WORD]
             lists = unions(part, causal_ends(part, self.length, first), WORD, min(self.most * WORD, self.num_keys))
             sizes = (first, self.length, self.num_keys, lists.keys.shape[2])
             yield lists, (*self.tensors, *lists, *self.scalars, *sizes)

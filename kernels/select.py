@@ -6,6 +6,7 @@ and take the best, in one or two levels (`kernels.levels`), for every query or f
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.few import FEW
 from kernels.levels import one_or_two_levels
@@ -121,19 +122,21 @@ def _select(
 
     # Only the first query of a window selects: those queries alone are handled, then their selections are spread.
     leads = (positions - asked.starts) % rule.share == 0
+    windows = Windows.of(asked.starts, positions, rule.share)
     if length <= FEW:  # all are handled, so that the host need not know which lead
         words, found = one_or_two_levels(scores, starts, asked, reference, rule)
-        windows = Windows.of(asked.starts, positions, rule.share)
         number = torch.where(leads, torch.arange(length, device=words.device), -1).cummax(1).values
         words, leader = windows.share(words, number, leader)
         return words, torch.where(leads, found, 0.0), leader
-    count = leads.sum(1)
-    rows = leads.logical_not().int().argsort(dim=1, stable=True)[:, : int(count.max())]
+    number = leads.cumsum(1) - 1
+    count = number[:, -1] + 1
+    most = int(count.max())
+    places = torch.arange(length, device=leads.device).expand(batch, -1)
+    rows = places.new_zeros(batch, most + 1).scatter_(1, torch.where(leads, number, most), places)[:, :most]
     led = asked.at(rows)
-    real = torch.arange(rows.shape[1], device=rows.device) < count[:, None]
+    real = torch.arange(most, device=rows.device) < count[:, None]
     led = led._replace(lasts=torch.where(real, led.lasts, -1))
     words, found = one_or_two_levels(scores.at(rows), starts, led, reference, rule)
-    statistic = torch.zeros(batch, length, dtype=torch.float32, device=words.device).scatter_(1, rows, found)
-    windows = Windows.of(asked.starts, positions, rule.share)
-    words, leader = windows.share(words, leads.cumsum(1) - 1, leader)
-    return words, torch.where(leads, statistic, 0.0), leader
+    statistic = torch.where(leads, F.pad(found, (0, 1)).gather(1, number.clamp_min(0)), 0.0)
+    words, leader = windows.share(words, number, leader)
+    return words, statistic, leader

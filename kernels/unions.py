@@ -14,6 +14,12 @@ from torch import Tensor
 from kernels.words import WORD
 
 BLOCK = 1024  # words read at once
+PAIRS = 2**30  # of queries and keys whose lists exist at one time
+
+
+def queries_at_once(batch: int, num_keys: int) -> int:
+    """How many queries of each row are handled at once, a multiple of 64: few bound memory, many take few launches."""
+    return min(max(PAIRS // max(batch * num_keys, 1), 512), 16384) // 64 * 64
 
 
 class Unions(NamedTuple):

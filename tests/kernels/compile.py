@@ -79,9 +79,9 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         found.append((split._attend, shape, {"num_warps": 4, "num_stages": 3}))
     for size in (64, 128):
         shape = {**ATTEND, "D": size}
-        found.append(
-            (attend._forward, {**shape, "TILE": 16, "PART": 4, "WIDE": False}, {"num_warps": 4, "num_stages": 5})
-        )
+        few_rows, rows = ({**shape, "PART": 4, "WIDE": False, "TILE": n, "BLOCK": b} for n, b in ((16, 64), (32, 32)))
+        found.append((attend._forward, few_rows, {"num_warps": 4, "num_stages": 5}))
+        found.append((attend._forward, rows, {"num_warps": 8, "num_stages": 5, "maxnreg": 128}))
         found.append((attend._products, {"D": size, "ROWS": 64}, four))
         for fixed in (False, True):
             constants = {**shape, "TILE": 32, "PART": 4, "FIXED": fixed, "BLOCK": 32 if fixed else 64}
@@ -93,9 +93,9 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             if listed:
                 found.append((scan.mark, {**wide, "SUM": 0, "PART": 0}, eight))
             else:
-                rows, most = (64, {"maxnreg": 128}) if shape["HEADS"] == 1 else (32, {})
-                found.append((scan.mark, {**wide, "M": rows, "SUM": 0, "PART": 1}, eight | most))
-                found.append((scan.mark, {**wide, "M": rows, "SUM": 0, "PART": 2}, eight))
+                tile, most = (64, {"maxnreg": 128}) if shape["HEADS"] == 1 else (32, {})
+                found.append((scan.mark, {**wide, "M": tile, "SUM": 0, "PART": 1}, eight | most))
+                found.append((scan.mark, {**wide, "M": tile, "SUM": 0, "PART": 2}, eight))
             if not shape["RAW"]:
                 half = {**wide, "N": 64}
                 found += [
