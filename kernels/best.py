@@ -25,6 +25,17 @@ TILE = 16  # queries whose marked keys are scored again together
 Candidates = Callable[[slice], Tensor]  # the words of some of the queries' candidates
 
 
+class Task(NamedTuple):
+    """Whose best keys are wanted; as the arguments of `best`."""
+
+    scores: Scores
+    asked: Asked
+    reference: Tensor | None
+    rule: Rule
+    most: int
+    candidates: Candidates | None
+
+
 def best(
     scores: Scores, asked: Asked, reference: Tensor | None, rule: Rule, most: int, candidates: Candidates | None
 ) -> tuple[Tensor, Tensor]:
@@ -45,7 +56,7 @@ def best(
     if runs_triton(scores.q):
         find = _best_of_few if rows <= FEW else _best_triton
     if words.numel():
-        find(scores, asked, reference, rule, most, candidates, words, statistic)
+        find(Task(scores, asked, reference, rule, most, candidates), words, statistic)
     if rule.controller == "threshold":
         statistic.zero_()  # it is the number itself
     return words, statistic
@@ -57,17 +68,9 @@ def _parts(asked: Asked, num_keys: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def _best_definition(
-    scores: Scores,
-    asked: Asked,
-    reference: Tensor | None,
-    rule: Rule,
-    most: int,
-    candidates: Candidates | None,
-    words: Tensor,
-    statistic: Tensor,
-) -> None:
+def _best_definition(task: Task, words: Tensor, statistic: Tensor) -> None:
     """What `_best_triton` computes, with every score at hand."""
+    scores, asked, reference, rule, _, candidates = task
     for part in _parts(asked, words.shape[2]):
         open_ = None if candidates is None else candidates(part)
         chosen, found = _chosen(scores.rows(part), asked.rows(part), reference, rule, open_)
@@ -134,17 +137,9 @@ def _number(asked: Asked, statistic: Tensor, reference: Tensor | None, rule: Rul
     return torch.minimum(torch.maximum(wanted.clamp(rule.k_min, rule.k_max), forced), number)
 
 
-def _best_triton(
-    scores: Scores,
-    asked: Asked,
-    reference: Tensor | None,
-    rule: Rule,
-    most: int,
-    candidates: Candidates | None,
-    words: Tensor,
-    statistic: Tensor,
-) -> None:
+def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     """Set the bits of the best keys in `words` [B, ⌈R/32⌉, S], which are 0, and fill in `statistic` [B, R]."""
+    scores, asked, reference, rule, most, candidates = task
     batch, rows, heads, size = scores.q.shape
     num_keys, device = scores.k.shape[1], words.device
     plan, listed, given = Sampling.of(most, num_keys), candidates is not None, rule.controller == "given"
@@ -222,17 +217,9 @@ def _best_triton(
         )  # fmt: skip
 
 
-def _best_of_few(
-    scores: Scores,
-    asked: Asked,
-    reference: Tensor | None,
-    rule: Rule,
-    most: int,
-    candidates: Candidates | None,
-    words: Tensor,
-    statistic: Tensor,
-) -> None:
+def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
     """What `_best_triton` does, for no more than `FEW` queries (`kernels.few`)."""
+    scores, asked, reference, rule, _, candidates = task
     rows = asked.lasts.shape[1]
     open_ = None if candidates is None else candidates(slice(0, rows))
     starts, lasts = asked.starts.int().contiguous(), asked.lasts.int().contiguous()

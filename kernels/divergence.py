@@ -233,7 +233,7 @@ class _Launch:
 
 @triton.jit
 def _target(
-    q, k, lse, key, selected, query, real, batch, scale, length, num_keys,
+    q, k, lse, key, selected, query, batch, scale, length, num_keys,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -288,6 +288,27 @@ def _each(index_keys, queries, bias, scale, KIND: tl.constexpr, FAST: tl.constex
 
 
 @triton.jit
+def _block(
+    i, entries, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale, index_scale,
+    length, num_keys,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    KIND: tl.constexpr, INDEX_D: tl.constexpr, INDEX_P: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK keys of a list: words, who selects them, the target, where their index keys are, these, and `_each`."""
+    entry = entries + i + tl.arange(0, BLOCK)
+    key, word = tl.load(list_keys + entry).to(tl.int64), tl.load(list_words + entry)
+    selected = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) != 0
+    target = _target(
+        q, k, lse, key, selected, query, batch, scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, BLOCK
+    )  # fmt: skip
+    channel = tl.arange(0, INDEX_P)
+    place = (batch * num_keys + key)[:, None] * INDEX_D + channel
+    index_keys = tl.load(index_k + place, mask=(channel < INDEX_D)[None, :], other=0.0)
+    each = _each(index_keys, queries, bias, index_scale, KIND, FAST)
+    return word, selected, target, place, index_keys, each
+
+
+@triton.jit
 def _forward(
     q, k, lse, index_q, index_k, weights, biases, list_keys, list_words, counts, scale, index_scale, tau,
     first, length, num_keys, capacity, loss, sums,
@@ -301,40 +322,16 @@ def _forward(
     row, inside, queries, weight, bias = _columns(
         index_q, weights, biases, query, batch, length, KIND, INDEX_HEADS, PADDED, INDEX_D, INDEX_P
     )
-    channel = tl.arange(0, INDEX_P)
     own = batch * tl.num_programs(0) + tile
-    negative_entropy, expected, mass = (
-        tl.zeros((32,), tl.float32),
-        tl.zeros((32,), tl.float32),
-        tl.zeros((32,), tl.float32),
-    )
+    negative_entropy, expected = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
+    mass = tl.zeros((32,), tl.float32)
     highest, total = tl.full((32,), -1e30, tl.float32), tl.zeros((32,), tl.float32)
     for i in range(0, tl.load(counts + own), BLOCK):
-        entry = own * capacity + i + tl.arange(0, BLOCK)
-        key, word = tl.load(list_keys + entry).to(tl.int64), tl.load(list_words + entry)
-        selected = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) != 0
-        target = _target(
-            q,
-            k,
-            lse,
-            key,
-            selected,
-            query,
-            real,
-            batch,
-            scale,
-            length,
-            num_keys,
-            HEADS,
-            KV_HEADS,
-            D,
-            PART,
-            PARTS,
-            BLOCK,
-        )
-        place = (batch * num_keys + key)[:, None] * INDEX_D + channel
-        index_keys = tl.load(index_k + place, mask=(channel < INDEX_D)[None, :], other=0.0)
-        each = _each(index_keys, queries, bias, index_scale, KIND, FAST) * weight[None, :]
+        word, selected, target, place, index_keys, each = _block(
+            i, own * capacity, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
+            index_scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, KIND, INDEX_D, INDEX_P, FAST, BLOCK,
+        )  # fmt: skip
+        each *= weight[None, :]
         logits = tau * tl.sum(tl.reshape(each, (BLOCK, PADDED, 32)), 1)
         negative_entropy += tl.sum(target * tl.log(tl.maximum(target, 1e-30)), 0)
         expected += tl.sum(tl.where(selected, target * logits, 0.0), 0)
@@ -372,31 +369,10 @@ def _backward(
     of_queries = tl.zeros((PADDED * 32, INDEX_P), tl.float32)
     of_weights, of_biases = tl.zeros((PADDED * 32,), tl.float32), tl.zeros((PADDED * 32,), tl.float32)
     for i in range(0, tl.load(counts + own), BLOCK):
-        entry = own * capacity + i + tl.arange(0, BLOCK)
-        key, word = tl.load(list_keys + entry).to(tl.int64), tl.load(list_words + entry)
-        selected = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) != 0
-        target = _target(
-            q,
-            k,
-            lse,
-            key,
-            selected,
-            query,
-            real,
-            batch,
-            scale,
-            length,
-            num_keys,
-            HEADS,
-            KV_HEADS,
-            D,
-            PART,
-            PARTS,
-            BLOCK,
-        )
-        place = (batch * num_keys + key)[:, None] * INDEX_D + channel
-        index_keys = tl.load(index_k + place, mask=(channel < INDEX_D)[None, :], other=0.0)
-        each = _each(index_keys, queries, bias, index_scale, KIND, FAST)
+        word, selected, target, place, index_keys, each = _block(
+            i, own * capacity, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
+            index_scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, KIND, INDEX_D, INDEX_P, FAST, BLOCK,
+        )  # fmt: skip
         logits = tau * tl.sum(tl.reshape(each * weight[None, :], (BLOCK, PADDED, 32)), 1)
         predicted = tl.where(selected, tl.exp(logits - log[None, :]), 0.0)
         of_scores = upstream[None, :] * (predicted - target)  # [BLOCK, 32]

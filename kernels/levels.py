@@ -29,7 +29,8 @@ def one_or_two_levels(
     level = dataclasses.replace(
         rule, controller="given", k_min=0, k_max=rule.blocks(most), local_window=0, sink_tokens=0
     )
-    chosen, _ = best(scores._replace(k=pooled), coarse, None, level, level.most(pooled.shape[1]), None)
+    of_blocks = scores._replace(k=pooled.to(scores.k.dtype))
+    chosen, _ = best(of_blocks, coarse, None, level, level.most(pooled.shape[1]), None)
     # its own block, the one before and what is forced are candidates whatever the scores say
     near = lasts - (lasts - asked.starts) % rule.block - rule.block
     near = torch.maximum(asked.starts, torch.minimum(near, lasts - rule.local_window + 1))
@@ -43,15 +44,19 @@ def one_or_two_levels(
 
 
 def pool(keys: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Mean keys [B, N, d] of blocks that are counted from the start of each document, and each key's block [B, S]."""
+    """Mean keys [B, N, d] of blocks that are counted from the start of each document, and each key's block [B, S].
+
+    Means are in fp32 or better: sums of bf16 would depend on their order.
+    """
     begins = (torch.arange(keys.shape[1], device=keys.device) - starts) % size == 0
     begins[:, :1] = True  # also where padding stands before the first document
     of_key = begins.cumsum(1) - 1
-    total = torch.zeros(keys.shape[0], int(of_key.max()) + 1, keys.shape[2], device=keys.device,
-                        dtype=torch.promote_types(keys.dtype, torch.float32))  # fmt: skip
-    total.scatter_add_(1, of_key[..., None].expand_as(keys), keys.to(total.dtype))
-    members = total.new_zeros(total.shape[:2]).scatter_add_(1, of_key, torch.ones_like(keys[..., 0], dtype=total.dtype))
-    return (total / members.clamp_min(1)[..., None]).to(keys.dtype), of_key
+    count = int(of_key.max()) + 1 if of_key.numel() else 0
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    total = keys.new_zeros(keys.shape[0], count, keys.shape[2])
+    total.scatter_add_(1, of_key[..., None].expand_as(keys), keys)
+    members = keys.new_zeros(keys.shape[0], count).scatter_add_(1, of_key, torch.ones_like(keys[..., 0]))
+    return total / members.clamp_min(1)[..., None], of_key
 
 
 def _widen(words: Tensor, of_key: Tensor, near: Tensor, sinks: Tensor, asked: Asked) -> Tensor:

@@ -165,27 +165,15 @@ def mark(
     if not LISTED:
         inner = first + tl.cdiv(tl.minimum(tl.maximum(tl.max(start) + sink, first), end) - first, N) * N
         outer = inner + tl.maximum(tl.min(last) + 1 - local - inner, 0) // N * N
-    if PART != INNER:
-        for i in range(first, inner, N):
-            number, a, b, c = mark_block(
-                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
-                word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
-                LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, True,
-            )  # fmt: skip
-    if not LISTED and PART != OUTER:
-        for i in range(inner, outer, N):
-            number, a, b, c = mark_block(
-                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
-                word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
-                LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, False,
-            )  # fmt: skip
-    if not LISTED and PART != INNER:
-        for i in range(outer, end, N):
-            number, a, b, c = mark_block(
-                i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
-                word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
-                LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, True,
-            )  # fmt: skip
+    for segment in tl.static_range(3):
+        begin, stop = (first, inner) if segment == 0 else ((inner, outer) if segment == 1 else (outer, end))
+        if (PART == BOTH or (PART == INNER) == (segment == 1)) and (not LISTED or segment == 0):
+            for i in range(begin, stop, N):
+                number, a, b, c = mark_block(
+                    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
+                    word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+                    LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, segment != 1,
+                )  # fmt: skip
     if PART == BOTH:
         tl.store(numbers + row, number.to(tl.int32), mask=real)
     if SUM == VARIANCE:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gsa.errors import ConfigError
 from gsa.settings import setting
+from kernels.levels import pool
 
 
 @dataclasses.dataclass
@@ -90,16 +91,7 @@ class Blocks(NamedTuple):
     @classmethod
     def pool(cls, keys: Tensor, starts: Tensor, size: int) -> "Blocks":
         """Pool indexer keys [B, S, d_I] of documents that begin at `starts` [B, S]."""
-        place = torch.arange(keys.shape[1], device=keys.device) - starts
-        begins = place % size == 0
-        begins[:, :1] = True  # also where padding stands before the first document
-        of_key = begins.cumsum(1) - 1
-        count = int(of_key.max()) + 1 if of_key.numel() else 0
-        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # sums of bf16 would depend on their order
-        total = keys.new_zeros(keys.shape[0], count, keys.shape[2])
-        total.scatter_add_(1, of_key[..., None].expand_as(keys), keys)
-        members = keys.new_zeros(keys.shape[0], count).scatter_add_(1, of_key, torch.ones_like(keys[..., 0]))
-        return cls(total / members.clamp_min(1)[..., None], of_key)
+        return cls(*pool(keys, starts, size))
 
     def candidates(self, scores: Tensor, queries: Queries, blocks_kept: Tensor) -> Tensor:
         """The keys worth scoring exactly: the best complete earlier blocks, the previous block and the query's own.

@@ -19,6 +19,7 @@ from kernels.select import select
 from kernels.support import INTERPRET
 from kernels.words import WORD, pack, unpack
 from tests.draw import CONTROLLERS, Draw
+from tests.kernels.training import curves
 
 pytestmark = [
     pytest.mark.gpu,
@@ -235,3 +236,11 @@ def test_the_layers_of_a_model_are_timed() -> None:
         assert 1 <= row["u32"] <= 32
         assert row["ours_ms"] > 0
         assert row["dense_ms"].keys() >= {"flash"}
+
+
+def test_training_runs_alike_on_both_backends() -> None:
+    """Nearer to each other, by far, than to a run that sees its text in another order (`kernels/training.png`)."""
+    found = {name: torch.tensor(losses) for name, losses in curves().items()}
+    apart, noise = ((found["torch"] - found[name]).abs().mean() for name in ("triton", "order"))
+    assert apart < noise / 2
+    assert abs(found["torch"][-20:].mean() - found["triton"][-20:].mean()) < 0.03
