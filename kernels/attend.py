@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
-from kernels.support import INTERPRET, runs_triton
+from kernels.support import INTERPRET, runs_triton, tuned
 from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
 
@@ -106,7 +106,8 @@ def attend(
         return attend_few(q, k, v, words, min(most, k.shape[1]))
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    tiles, kv_heads = Tiles.of(heads // k.shape[2], SHARED_ROWS if alike >= WORD else FORWARD_ROWS), k.shape[2]
+    shared = alike >= WORD and tuned(q)
+    tiles, kv_heads = Tiles.of(heads // k.shape[2], SHARED_ROWS if shared else FORWARD_ROWS), k.shape[2]
     step = queries_at_once(batch, k.shape[1])
     for first in range(0, length, step):
         part = words[:, first // WORD : (first + step) // WORD]
@@ -142,7 +143,7 @@ def attend_backward(
         return attend_backward_definition(grad, q, k, v, words, out, lse)
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     batch, length, heads, size = q.shape
-    kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2], BACKWARD_ROWS)
+    kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2], BACKWARD_ROWS if tuned(q) else FORWARD_ROWS)
     scale = 1 / math.sqrt(size)
     dq, delta = torch.empty_like(q), torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     if delta.numel():
@@ -195,6 +196,8 @@ def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) 
     meta = {"BLOCK": 64, "ROUNDED": _rounded(q), "num_warps": 8 if wide else 4, "num_stages": 3 if backward else 5}
     if INTERPRET:
         meta["BLOCK"] = 16
+    elif not tuned(q):
+        meta |= {"BLOCK": 32, "num_stages": 2, "num_warps": 8 if backward else 4}
     elif fixed:
         meta["BLOCK"] = 32  # int64 atomics take twice the registers
     elif wide and not backward:

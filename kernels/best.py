@@ -13,7 +13,7 @@ from kernels import choose, scan
 from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, unordered
 from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.scores import KINDS
-from kernels.support import INTERPRET, runs_triton
+from kernels.support import INTERPRET, runs_triton, tuned
 from kernels.unions import queries_at_once, unions
 from kernels.words import WORD, pack, unpack
 
@@ -146,13 +146,16 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     samples = triton.cdiv(num_keys, plan.stride)
     shape = _shape(scores, rule)
     wide = {"LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3, **shape}
-    if heads > 1 and (listed or not given) and not INTERPRET:
+    hopper = tuned(scores.q) and not INTERPRET
+    if not tuned(scores.q):
+        wide |= {"N": 64, "num_stages": 2}
+    elif heads > 1 and (listed or not given) and not INTERPRET:
         wide["N"] = 64  # 128 keys of several heads want more registers than there are
     marks = [wide | {"PART": 0}]
     if given and not listed:
         both = wide | {"M": 64 if heads == 1 else WORD}  # the same, or the parts would not meet
-        marks = [both | {"PART": 1} | ({"maxnreg": 128} if heads == 1 and not INTERPRET else {}), both | {"PART": 2}]
-    narrow = {"N": 64} if heads == 1 and not INTERPRET else {}
+        marks = [both | {"PART": 1} | ({"maxnreg": 128} if heads == 1 and hopper else {}), both | {"PART": 2}]
+    narrow = {"N": 64 if heads == 1 else 32 if not hopper else 128} if not INTERPRET else {}
     forced = (rule.local_window, rule.sink_tokens)
     p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
 

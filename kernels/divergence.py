@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.gradient import Gradient, add
 from kernels.rule import Scores, scores_definition
 from kernels.scores import KINDS, sigmoid
-from kernels.support import INTERPRET, runs_triton
+from kernels.support import INTERPRET, runs_triton, tuned
 from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
 
@@ -150,8 +150,8 @@ def divergence_backward(
     largest = largest if weight is None else largest * weight.abs().amax().clamp_min(1e-30)
     dk = Gradient(index_k, largest, length * heads, deterministic)
     launch = _Launch(q, k, lse, words, scores, most, kind, tau)
-    if heads > 1 and not INTERPRET:
-        launch.shape["BLOCK"] = 128  # a third less time than 64, on an H100
+    if heads > 1 and not INTERPRET and tuned(q):
+        launch.shape["BLOCK"] = 128  # a third less time than 64
     for lists, common in launch.chunks():
         _backward[launch.grid(lists)](
             *common, sums, grad.contiguous(), dq, dk.sum, dk.unit, dweight, dbias, FIXED=deterministic, **launch.shape
@@ -218,6 +218,8 @@ class _Launch:
             "FAST": not INTERPRET, "ROUNDED": q.dtype != torch.float32, "BLOCK": 16 if INTERPRET else 64,
             "num_warps": 8, "num_stages": 3,
         }  # fmt: skip
+        if not tuned(q):
+            self.shape |= {"BLOCK": 32, "num_stages": 2}
 
     def chunks(self):
         step = queries_at_once(self.batch, self.num_keys)

@@ -27,3 +27,11 @@ def problem() -> str | None:
 def runs_triton(tensor: Tensor) -> bool:
     """Whether an operation on `tensor` goes to its Triton kernel rather than to its PyTorch definition."""
     return tensor.is_cuda or INTERPRET
+
+
+def tuned(tensor: Tensor) -> bool:
+    """Whether kernels on `tensor` take the block sizes that were tuned on an H100.
+
+    They want the registers and the shared memory of sm_90. Elsewhere smaller ones run, which fit any GPU from sm_80 on.
+    """
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] == 9

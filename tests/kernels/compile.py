@@ -1,6 +1,6 @@
 """Compile every kernel, as it is launched on a GPU, for one GPU: `python -m tests.kernels.compile 90`.
 
-Needs no GPU. Prints a line for each kernel: its name, its registers and what it spills, in bytes.
+Needs no GPU. Prints a line for each kernel: its name, its registers, its shared memory and what it spills, in bytes.
 """
 
 import re
@@ -47,9 +47,10 @@ KL_FOUR = {**DIVERGENCE, "INDEX_HEADS": 4, "PADDED": 4, "INDEX_D": 64, "INDEX_P"
 KL_ONE = {**DIVERGENCE, "INDEX_HEADS": 1, "PADDED": 1, "INDEX_D": 128, "INDEX_P": 128}
 
 
-def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
-    """Kernels with their constants and options."""
-    four, eight = {"num_warps": 4}, {"num_warps": 8, "num_stages": 3}
+def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Kernels with their constants and options: as they are tuned for sm_90, or as they run elsewhere."""
+    four, sixteen = {"num_warps": 4}, {"num_warps": 16}
+    eight = {"num_warps": 8, "num_stages": 3 if tuned else 2}
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (unions._list, {"LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (unions._list, {"LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
@@ -57,59 +58,62 @@ def launches() -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (levels._widen_kernel, {"BLOCK": 1024}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         (choose.choose, {"P": 4096}, {"num_warps": 8}),
-        (choose.choose, {"P": 8192}, {"num_warps": 16}),
+        (choose.choose, {"P": 8192}, sixteen),
         (choose.choose_tied, {"ROWS": 8, "P": 1024}, four),
-        (divergence._forward, KL_ONE, eight),
-        (divergence._forward, KL_FOUR, eight),
         (few._score, {**ONE_HEAD, "OPEN": True, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
         (few._score, {**FOUR_HEADS, "OPEN": False, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
-        *((few._count, {"DIGIT": digit, "DIGITS": 4, "BLOCK": 4096, "BINS": 256}, eight) for digit in range(4)),
-        (few._set, {"DIGITS": 4, "BLOCK": 4096, "BINS": 256}, eight),
+        *(
+            (few._count, {"DIGIT": digit, "DIGITS": 4, "BLOCK": 4096, "BINS": 256}, {"num_warps": 8})
+            for digit in range(4)
+        ),
+        (few._set, {"DIGITS": 4, "BLOCK": 4096, "BINS": 256}, {"num_warps": 8}),
         (split._count, {"BLOCK": 4096}, four),
         (split._list, {"BLOCK": 4096, "BLOCKS": 32}, four),
         (split._join, {"HEADS": 32, "D": 128, "SPLITS": 16}, four),
     ]
-    found += [
-        (divergence._backward, {**shape, "FIXED": fixed}, eight)
-        for shape in (KL_ONE, {**KL_FOUR, "BLOCK": 128})
-        for fixed in (False, True)
-    ]
-    for size in (64, 128):
-        shape = {**ATTEND, "D": size, "PART": 16, "STEP": 256}
-        found.append((split._attend, shape, {"num_warps": 4, "num_stages": 3}))
+    for shape in (KL_ONE, KL_FOUR):
+        blocks = ((128 if shape is KL_FOUR else 64) if tuned else 32, 64 if tuned else 32)
+        found.append((divergence._forward, {**shape, "BLOCK": blocks[1]}, eight))
+        found += [
+            (divergence._backward, {**shape, "BLOCK": blocks[0], "FIXED": fixed}, eight) for fixed in (False, True)
+        ]
     for size in (64, 128):
         shape = {**ATTEND, "D": size}
-        few_rows, rows = ({**shape, "PART": 4, "WIDE": False, "TILE": n, "BLOCK": b} for n, b in ((16, 64), (32, 32)))
-        found.append((attend._forward, few_rows, {"num_warps": 4, "num_stages": 5}))
-        found.append((attend._forward, rows, {"num_warps": 8, "num_stages": 5, "maxnreg": 128}))
+        found.append((split._attend, {**shape, "PART": 16, "STEP": 256}, {"num_warps": 4, "num_stages": 3}))
         found.append((attend._products, {"D": size, "ROWS": 64}, four))
+        of_tile = {**shape, "PART": 4, "TILE": 16, "BLOCK": 64 if tuned else 32}
+        found.append((attend._forward, {**of_tile, "WIDE": False}, {"num_warps": 4, "num_stages": 5 if tuned else 2}))
+        if tuned:
+            rows = {**shape, "PART": 4, "TILE": 32, "BLOCK": 32, "WIDE": False}
+            found.append((attend._forward, rows, {"num_warps": 8, "num_stages": 5, "maxnreg": 128}))
         for fixed in (False, True):
-            constants = {**shape, "TILE": 32, "PART": 4, "FIXED": fixed, "BLOCK": 32 if fixed else 64}
-            found.append((attend._backward, constants, eight))
+            constants = {**of_tile, "TILE": 32, "BLOCK": 32 if fixed else 64} if tuned else of_tile
+            found.append((attend._backward, {**constants, "FIXED": fixed}, eight))
     for shape in (ONE_HEAD, FOUR_HEADS):
+        several = shape["HEADS"] > 1
         for listed in (False, True):
-            wide = {**shape, "LISTED": listed, "M": 32, "N": 64 if listed and shape["HEADS"] > 1 else 128}
+            wide = {**shape, "LISTED": listed, "M": 32, "N": 128 if tuned and not (listed and several) else 64}
             found.append((scan.sample, wide, eight))
             if listed:
                 found.append((scan.mark, {**wide, "SUM": 0, "PART": 0}, eight))
             else:
-                tile, most = (64, {"maxnreg": 128}) if shape["HEADS"] == 1 else (32, {})
-                found.append((scan.mark, {**wide, "M": tile, "SUM": 0, "PART": 1}, eight | most))
-                found.append((scan.mark, {**wide, "M": tile, "SUM": 0, "PART": 2}, eight))
-            if not shape["RAW"]:
+                most = {"maxnreg": 128} if tuned and not several else {}
+                both = {**wide, "M": 32 if several else 64, "SUM": 0}
+                found += [(scan.mark, {**both, "PART": 1}, eight | most), (scan.mark, {**both, "PART": 2}, eight)]
+            if several:
                 half = {**wide, "N": 64}
-                found += [
-                    (scan.sample, half, eight),
-                    *((scan.mark, {**half, "SUM": kind, "PART": 0}, eight) for kind in (1, 2, 3)),
-                ]
+                found.append((scan.sample, half, eight))
+                found += [(scan.mark, {**half, "SUM": kind, "PART": 0}, eight) for kind in (1, 2, 3)]
             found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64}, {"num_warps": 8}))
-        narrow = 64 if shape["HEADS"] == 1 else 128
+        narrow = (128 if tuned else 32) if several else 64
         found.append((choose.rescore, {**shape, "M": 16, "N": narrow, "FORCES": True}, four))
     return found
 
 
-def compile_one(kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes of a kernel."""
+def compile_one(
+    kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int
+) -> tuple[int, int, int]:
+    """Registers, spilled bytes and bytes of shared memory of a kernel."""
     signature, values, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -126,7 +130,7 @@ def compile_one(kernel: Any, constants: dict[str, Any], options: dict[str, int],
         file.flush()
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", report.stdout)[-1]
-    return int(registers), int(stack)
+    return int(registers), int(stack), int(compiled.metadata.shared)
 
 
 def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
@@ -146,6 +150,8 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    for kernel, constants, options in launches():
-        registers, spilled = compile_one(kernel, constants, options, int(sys.argv[1]))
-        print(f"{kernel.__module__}.{kernel.__name__} {constants} registers {registers} spilled {spilled}", flush=True)
+    of_gpu = int(sys.argv[1])
+    for kernel, constants, options in launches(tuned=of_gpu == 90):
+        registers, spilled, shared = compile_one(kernel, constants, options, of_gpu)
+        name = f"{kernel.__module__}.{kernel.__name__}"
+        print(f"{name} {constants} registers {registers} shared {shared} spilled {spilled}", flush=True)

@@ -1,6 +1,7 @@
 """Every kernel compiles for the GPUs it is meant for, and none but the named spills registers: this needs no GPU."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,19 +9,25 @@ import pytest
 
 # what still spills, owed: kernels by compute capability
 SPILLING = {
-    80: ("kernels.attend._", "kernels.divergence._backward", "kernels.scan.mark"),
+    80: ("kernels.divergence._backward", "kernels.scan.mark"),
+    89: ("kernels.divergence._backward", "kernels.few._set", "kernels.scan.mark"),
     90: ("kernels.divergence._backward", "kernels.attend._forward"),
-    100: ("kernels.divergence._", "kernels.attend._forward", "kernels.scan.mark", "kernels.choose.rescore"),
+    100: ("kernels.divergence._backward",),
 }
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB of shared memory that a program may have
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", SPILLING)
 def test_every_kernel_compiles_without_spilling(capability: int) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile", str(capability)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) >= 30
-    assert [
-        line for line in lines if not line.endswith("spilled 0") and not line.startswith(SPILLING[capability])
-    ] == []
+    spilling = [line for line in lines if not line.endswith("spilled 0")]
+    assert [line for line in spilling if not line.startswith(SPILLING[capability])] == []
+    for name in SPILLING[capability]:  # else it is not owed any more
+        assert any(line.startswith(name) for line in spilling), name
+    shared = [int(found) for line in lines for found in re.findall(r" shared (\d+) ", line)]
+    assert len(shared) == len(lines)
+    assert max(shared) <= SHARED[capability] * 1024
