@@ -21,7 +21,7 @@ SAMPLES = 4096  # of a query at most
 SIGMAS = 5  # a bound is this many deviations lower than the samples say
 TILE = 16  # queries whose marked keys are scored again together
 
-
+Options = dict[str, int | bool]
 Candidates = Callable[[slice], Tensor]  # the words of some of the queries' candidates
 
 
@@ -144,18 +144,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     num_keys, device = scores.k.shape[1], words.device
     plan, listed, given = Sampling.of(most, num_keys), candidates is not None, rule.controller == "given"
     samples = triton.cdiv(num_keys, plan.stride)
-    shape = _shape(scores, rule)
-    wide = {"LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3, **shape}
-    hopper = tuned(scores.q) and not INTERPRET
-    if not tuned(scores.q):
-        wide |= {"N": 64, "num_stages": 2}
-    elif heads > 1 and (listed or not given) and not INTERPRET:
-        wide["N"] = 64  # 128 keys of several heads want more registers than there are
-    marks = [wide | {"PART": 0}]
-    if given and not listed:
-        both = wide | {"M": 64 if heads == 1 else WORD}  # the same, or the parts would not meet
-        marks = [both | {"PART": 1} | ({"maxnreg": 128} if heads == 1 and hopper else {}), both | {"PART": 2}]
-    narrow = {"N": 64 if heads == 1 else 32 if not hopper else 128} if not INTERPRET else {}
+    launch = Launch.of(scores, rule, listed)
     forced = (rule.local_window, rule.sink_tokens)
     p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
 
@@ -183,7 +172,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             sampled = torch.empty(batch, count, samples, dtype=torch.float32, device=device)
             lengths = torch.empty(batch, grid[0], dtype=torch.int32, device=device)
             scan.sample[grid](
-                *inputs, *lists, sampled, lengths, count, num_keys, capacity, plan.stride, samples, **wide
+                *inputs, *lists, sampled, lengths, count, num_keys, capacity, plan.stride, samples, **launch.sample
             )
             scan.bound[(count, batch)](
                 sampled, lengths, ranks[:, part].contiguous(), bounds, count, samples, grid[0], TILE=WORD,
@@ -191,7 +180,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             )  # fmt: skip
         numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
         found = torch.empty(batch, count, dtype=torch.float32, device=device)
-        for options in marks:
+        for options in launch.mark:
             scan.mark[(triton.cdiv(count, options["M"]), batch)](
                 *inputs, *lists, bounds, chosen, words.stride(0), numbers, found, *forced, count, num_keys, capacity,
                 rule.tau, rule.threshold, SUM=scan.SUMS[rule.controller], **options,
@@ -209,14 +198,14 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         counts, states = torch.empty_like(numbers), torch.empty_like(numbers)
         choose.rescore[(marked.counts.shape[1], batch)](
             *inputs, marked.keys, marked.words, marked.counts, values, keys, counts, *forced, count, num_keys,
-            marked.keys.shape[2], plan.room, M=TILE, FORCES=any(forced), num_warps=4, **shape | narrow,
+            marked.keys.shape[2], plan.room, M=TILE, FORCES=any(forced), **launch.rescore,
         )  # fmt: skip
         best_of = (values, keys, counts, want, chosen, words.stride(0), states, count, num_keys, plan.room)
         choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 512, 16), 1))
         choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
             *inputs, *lists, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
-            LISTED=listed, num_warps=8, **shape | {"N": 16 if INTERPRET else 64},
+            **launch.search,
         )  # fmt: skip
 
 
@@ -242,13 +231,42 @@ def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
     choose_few(values, starts, lasts, wanted.int().contiguous(), limits, words, words.stride(0))
 
 
-def _shape(scores: Scores, rule: Rule) -> dict[str, int | bool]:
+def _shape(scores: Scores, rule: Rule) -> Options:
     """What a kernel's code depends on."""
     heads, size = scores.q.shape[2:]
     return {
         "KIND": KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(triton.next_power_of_2(size), 16),
         "FAST": not INTERPRET, "RAW": heads == 1 and rule.controller == "given", "N": 16 if INTERPRET else 128,
     }  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """How kernels are launched: the fastest measured on an H100, and what fits elsewhere (`kernels.support.tuned`)."""
+
+    sample: Options
+    mark: list[Options]  # one kernel, or one for each part of what a tile sees
+    rescore: Options
+    search: Options
+
+    @classmethod
+    def of(cls, scores: Scores, rule: Rule, listed: bool) -> "Launch":
+        one_head, given = scores.q.shape[2] == 1, rule.controller == "given"
+        shape, hopper = _shape(scores, rule), tuned(scores.q)
+        keys: Options = {"N": 128 if one_head or (given and not listed) else 64}  # or registers do not suffice
+        again: Options = {"N": 64 if one_head else 128}
+        few: Options = {"N": 64}
+        if not hopper:
+            keys, again = {"N": 64}, {"N": 64 if one_head else 32}
+        if INTERPRET:
+            keys = again = few = {}
+        wide = {**shape, "LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3 if hopper else 2, **keys}
+        mark = [wide | {"PART": 0}]
+        if given and not listed:
+            both = wide | {"M": 64 if one_head else WORD}  # the same, or the parts would not meet
+            most: Options = {"maxnreg": 128} if one_head and hopper and not INTERPRET else {}
+            mark = [both | {"PART": 1} | most, both | {"PART": 2}]
+        search = {**shape, "LISTED": listed, "num_warps": 8, **few}
+        return cls(wide, mark, {**shape, "num_warps": 4, **again}, search)
 
 
 class Sampling(NamedTuple):
@@ -263,7 +281,8 @@ class Sampling(NamedTuple):
         stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
         rank = most / stride + SIGMAS * math.sqrt(most / stride) + 2
         rank *= 17 / 16  # what `scan.bound` allows itself
-        return cls(stride, math.ceil(stride * rank), max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64))
+        room = max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64)
+        return cls(stride, math.ceil(stride * rank), min(room, num_keys))
 
     def rank(self, wanted: Tensor) -> Tensor:
         """Which of the samples, from above, the bound is, for numbers of keys wanted."""

@@ -19,7 +19,7 @@ PAIRS = 2**30  # of queries and keys whose lists exist at one time
 
 def queries_at_once(batch: int, num_keys: int) -> int:
     """How many queries of each row are handled at once, a multiple of 64: few bound memory, many take few launches."""
-    return min(max(PAIRS // max(batch * num_keys, 1), 512), 16384) // 64 * 64
+    return min(max(PAIRS // max(batch * num_keys, 1), 64), 16384) // 64 * 64
 
 
 class Unions(NamedTuple):
