@@ -1,5 +1,7 @@
 """What decoding keeps of the tokens that were seen: keys, values, indexer keys and open windows, by layer."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,14 @@ class LayerCache:
             self.leader = leader
 
 
+class Snapshot(NamedTuple):
+    """What a cache with a capacity held at one time; the tokens themselves stay where they are."""
+
+    length: int
+    seen: Tensor
+    leaders: list[Tensor | None]
+
+
 class Cache:
     """Grows by the tokens of each forward; pass it to every call of one generation.
 
@@ -68,7 +78,7 @@ class Cache:
         num_layers: of the model.
         capacity: room for that many tokens is taken at once and nothing is copied when tokens come. No shape and no
             host decision then depends on the number of tokens held: a forward of T tokens can be captured in a CUDA
-            graph and replayed for the next T (after a warm-up, set `cache.room.seen` back).
+            graph and replayed for the next T, after a warm-up that `restore` takes back.
     """
 
     def __init__(self, num_layers: int, capacity: int | None = None) -> None:
@@ -107,3 +117,23 @@ class Cache:
             return self.starts
         self.starts = starts if self.starts is None else torch.cat((self.starts, starts), dim=1)
         return self.starts
+
+    def snapshot(self) -> Snapshot:
+        """Remember how many tokens are held, for `restore`.
+
+        Raises:
+            RequestError: the cache has no capacity, or holds nothing yet.
+        """
+        if self.room is None or self.room.seen is None:
+            raise RequestError("cache: only one with a capacity that holds tokens can be taken back")
+        leaders = [None if layer.leader is None else layer.leader.clone() for layer in self.layers]
+        return Snapshot(self.length, self.room.seen.clone(), leaders)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Forget the tokens that came since, in place: what a CUDA graph has captured sees it too."""
+        assert self.room is not None
+        assert self.room.seen is not None
+        self.length = snapshot.length
+        self.room.seen.copy_(snapshot.seen)
+        for layer, leader in zip(self.layers, snapshot.leaders, strict=True):
+            layer.keep_leader(leader)

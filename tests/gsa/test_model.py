@@ -84,6 +84,21 @@ def test_prefill_then_decode_equals_one_forward_in_fp32_at_initial_weights(draw:
         assert_close(model(tokens[:, call], cache=cache), full[:, call], rtol=0, atol=1e-5)
 
 
+def test_a_cache_can_be_taken_back(draw: Draw) -> None:
+    """To before tokens that were tried, whatever windows they opened."""
+    model = draw.model(share=draw.random.choice([1, 2, 4]))
+    tokens, cache = tokens_for(draw, 2, 20), Cache(4, 20)
+    full = model(tokens)
+    model(tokens[:, :11], cache=cache)
+    for tried in (3, 9):
+        before = cache.snapshot()
+        model(tokens_for(draw, 2, tried), cache=cache)
+        cache.restore(before)
+    assert_close(model(tokens[:, 11:], cache=cache), full[:, 11:], rtol=0, atol=1e-10)
+    with pytest.raises(RequestError, match="only one with a capacity"):
+        Cache(4).snapshot()
+
+
 def test_a_cache_without_room_is_refused_by_name(draw: Draw) -> None:
     model, cache = draw.model(), Cache(4, 5)
     model(tokens_for(draw, 2, 4), cache=cache)

@@ -200,23 +200,20 @@ def test_decoding_in_a_cuda_graph_equals_one_forward(selection: SelectionConfig)
         cache = Cache(2, total + 7)
         token = hidden[:, prompt : prompt + 1].clone()
         run(hidden[:, :prompt], cache)
-        leaders = [None if layer.leader is None else layer.leader.clone() for layer in cache.layers]
+        prompted = cache.snapshot()
         run(token, cache)  # warms up
-        assert cache.room is not None
-        seen = cache.room.seen
-        assert seen is not None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = run(token, cache)
-        seen.fill_(prompt)
-        for layer, leader in zip(cache.layers, leaders, strict=True):
-            layer.keep_leader(leader)
+        cache.restore(prompted)
         found = []
         for t in range(prompt, total):
             token.copy_(hidden[:, t : t + 1])
             graph.replay()
             found.append(out.clone())
-    assert int(seen) == total
+    assert cache.room is not None
+    assert cache.room.seen is not None
+    assert int(cache.room.seen) == total
     assert off(torch.cat(found, 1), whole[:, prompt:]) < 0.02
 
 
