@@ -116,7 +116,7 @@ def attend(
         _forward[grid](
             q, k, v, *lists, out, lse, LOG2_E / math.sqrt(size), first, length, k.shape[1], lists.keys.shape[2],
             HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads, PARTS=tiles.parts,
-            WIDE=k[0].numel() >= 2**31, **_meta(q, tiles),
+            WIDE=math.prod(k.shape[1:]) >= 2**31, **_meta(q, tiles),
         )  # fmt: skip
     return out, lse
 
