@@ -204,7 +204,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 512, 16), 1))
         choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
-            *inputs, *lists, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
+            *inputs, *lists, bounds, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
             **launch.search,
         )  # fmt: skip
 

@@ -127,7 +127,7 @@ def choose_tied(
     values, keys, counts, wanted, words, word_stride, states, num_rows, num_keys, room,
     ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`choose` for queries it left TIED, ROWS to a program: any number of marked keys, of equals the earlier ones."""
+    """`choose` for queries it left TIED, ROWS to a program: any number of marked keys, of equals the earlier."""
     batch = tl.program_id(1).to(tl.int64)
     for i in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, num_rows)):
         row = batch * num_rows + i
@@ -168,12 +168,15 @@ def choose_tied(
 
 @triton.jit
 def search(
-    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, wanted, words, word_stride, states,
-    local, sink, num_rows, num_keys, capacity,
+    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, bounds, wanted, words, word_stride,
+    states, local, sink, num_rows, num_keys, capacity,
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Set the bits anew, from all keys, for the queries that are SHORT."""
+    """Set the bits anew, from all keys, for the queries that are SHORT.
+
+    The first two steps look at a query's bound: where many scores are equal, it is mostly these that it lies below.
+    """
     tile, batch = tl.program_id(0), tl.program_id(1)
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
     short = real & (tl.load(states + row, mask=real, other=0) == SHORT)
@@ -187,8 +190,15 @@ def search(
         low = tl.full((M,), -2147483647, tl.int32)
         high = tl.full((M,), 2147483647, tl.int32)
         reached = tl.full((M,), 2147483647, tl.int32)
+        bound = tl.load(bounds + row, mask=real, other=0.0)
+        guess = tl.where(bound == bound, ordered(bound), 2147483646) + 1
+        guess = tl.where(bound == -1e-30, 0, guess)  # what `kernels.scan.bound` gives for 0
+        turn = 0
         while tl.max((short & (reached > want) & (low < high)).to(tl.int32)) > 0:
             middle = between(low, high) + 1
+            middle = tl.where((turn == 0) & (guess > low) & (guess <= high), guess, middle)
+            middle = tl.where((turn == 1) & (low == guess), low + 1, middle)
+            turn += 1
             here = tl.zeros((M,), tl.int32)
             for i in range(first, end, N):
                 element = i + tl.arange(0, N)
