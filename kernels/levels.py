@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.best import best
+from kernels.best import Candidates, best
+from kernels.few import FEW
 from kernels.rule import Asked, Rule, Scores
 from kernels.support import runs_triton
 from kernels.words import WORD, pack, unpack
@@ -17,30 +18,75 @@ def one_or_two_levels(
     scores: Scores, starts: Tensor, asked: Asked, reference: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """Words [B, ⌈R/32⌉, S] and statistic [B, R] of queries that each select for themselves."""
-    num_keys = scores.k.shape[1]
-    most = rule.most(num_keys)
+    most = rule.most(scores.k.shape[1])
     if not rule.block or not asked.lasts.shape[1]:
         return best(scores, asked, reference, rule, most, None)
+    candidates = _of_few if asked.lasts.shape[1] <= FEW else _of_many
+    return best(scores, asked, reference, rule, most, candidates(scores, starts, asked, rule))
+
+
+def _of_many(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candidates:
+    """The candidates of queries, by blocks that are pooled once for all of them."""
     pooled, of_key = pool(scores.k, starts, rule.block)
     lasts = asked.lasts.clamp_min(0)
     own, first = of_key.gather(1, lasts), of_key.gather(1, torch.minimum(asked.starts, lasts))
-    number = torch.minimum(rule.blocks(asked.nominal), own - first)
-    coarse = Asked(first, torch.where(asked.available > 0, own - 1, -1), number, number)
-    level = dataclasses.replace(
-        rule, controller="given", k_min=0, k_max=rule.blocks(most), local_window=0, sink_tokens=0
-    )
-    of_blocks = scores._replace(k=pooled.to(scores.k.dtype))
-    chosen, _ = best(of_blocks, coarse, None, level, level.most(pooled.shape[1]), None)
-    # its own block, the one before and what is forced are candidates whatever the scores say
-    near = lasts - (lasts - asked.starts) % rule.block - rule.block
-    near = torch.maximum(asked.starts, torch.minimum(near, lasts - rule.local_window + 1))
-    sinks = torch.minimum(asked.starts + rule.sink_tokens, asked.lasts + 1)
+    chosen = _best_blocks(scores._replace(k=pooled.to(scores.k.dtype)), asked, first, own, rule)
+    near, sinks = _always(asked, rule)
 
     def candidates(rows: slice) -> Tensor:
         words = chosen[:, rows.start // WORD : -(-rows.stop // WORD)]
         return _widen(words, of_key, near[:, rows], sinks[:, rows], asked.rows(rows))
 
-    return best(scores, asked, reference, rule, most, candidates)
+    return candidates
+
+
+def _of_few(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candidates:
+    """The same of a few queries, each of which pools its own document: no shape depends on where documents start."""
+    del starts
+    batch, rows = asked.lasts.shape
+    num_keys, size = scores.k.shape[1], rule.block
+    count = -(-num_keys // size)
+    place = torch.arange(count * size, device=scores.k.device)
+    places = (asked.starts[..., None] + place).clamp_max(num_keys - 1)
+    keys = scores.k[:, None].expand(-1, rows, -1, -1)
+    keys = keys.gather(2, places[..., None].expand(-1, -1, -1, keys.shape[3])).unflatten(2, (count, size))
+    pooled = keys.mean(3, dtype=torch.promote_types(keys.dtype, torch.float32)).to(keys.dtype)
+
+    def alone(x: Tensor) -> Tensor:
+        return x.reshape(batch * rows, 1, *x.shape[2:])
+
+    weight = None if scores.weight is None else alone(scores.weight)
+    own = alone((asked.lasts - asked.starts).clamp_min(0) // size)
+    each = Asked(*(alone(x) for x in asked))
+    of_blocks = Scores(alone(scores.q), pooled.flatten(0, 1), weight, scores.bias)
+    chosen = _best_blocks(of_blocks, each, torch.zeros_like(own), own, rule)
+    key = torch.arange(num_keys, device=scores.k.device)
+    of_key = ((key - asked.starts[..., None]) // size).clamp(0, count - 1)
+    mask = (chosen.view(batch, rows, count) & 1).bool().gather(2, of_key)
+    near, sinks = _always(asked, rule)
+    mask = mask | (key >= near[..., None]) | (key < sinks[..., None])
+    mask = mask & (key >= asked.starts[..., None]) & (key <= asked.lasts[..., None])
+    bits = torch.arange(rows, dtype=torch.int32, device=key.device)[:, None]
+    words = (mask.int() << bits).sum(1, dtype=torch.int32, keepdim=True)
+    return lambda _: words
+
+
+def _best_blocks(scores: Scores, asked: Asked, first: Tensor, own: Tensor, rule: Rule) -> Tensor:
+    """Words of the best of the blocks from `first` [B, R] to the one before a query's `own` [B, R]."""
+    number = torch.minimum(rule.blocks(asked.nominal), own - first)
+    coarse = Asked(first, torch.where(asked.available > 0, own - 1, -1), number, number)
+    most = rule.blocks(rule.most(scores.k.shape[1] * rule.block))
+    level = dataclasses.replace(rule, controller="given", k_min=0, k_max=most, local_window=0, sink_tokens=0)
+    return best(scores, coarse, None, level, level.most(scores.k.shape[1]), None)[0]
+
+
+def _always(asked: Asked, rule: Rule) -> tuple[Tensor, Tensor]:
+    """From where and up to where keys are candidates whatever the scores say: a query's own block, the one before it,
+    and those that must be chosen."""
+    lasts = asked.lasts.clamp_min(0)
+    near = lasts - (lasts - asked.starts) % rule.block - rule.block
+    near = torch.maximum(asked.starts, torch.minimum(near, lasts - rule.local_window + 1))
+    return near, torch.minimum(asked.starts + rule.sink_tokens, asked.lasts + 1)
 
 
 def pool(keys: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:

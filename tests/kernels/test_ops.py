@@ -169,11 +169,24 @@ def test_nan_and_infinite_scores_rank_first(draw: Draw, length: int) -> None:
     assert (mask.sum(-1) == 4).all()
 
 
+@pytest.mark.parametrize("block", [0, 8])
+def test_a_few_queries_select_what_they_do_among_many(draw: Draw, block: int) -> None:
+    """Decoding against prefill, on small integers, whose scores are exact."""
+    inputs, options = selection(draw, "given", "relu", 120, 60, True, block=block)
+    q, k, weight, bias, starts, wanted, _, *rest = inputs
+    whole, _, _ = select(q, k, weight, bias, starts, wanted, wanted, *rest, **options)
+    for count in (1, 5):
+        last = (q[:, -count:], k, weight[:, -count:], bias, starts, wanted[:, -count:], wanted[:, -count:], *rest)
+        words, _, _ = select(*last, **options)
+        assert torch.equal(unpack(words, count), unpack(whole, 60)[:, -count:])
+
+
 @pytest.mark.parametrize("share", [1, 4])
 def test_keys_beyond_the_last_query_are_not_looked_at(draw: Draw, share: int) -> None:
     """A cache with room to grow: rows of different lengths, and NaN where nothing is held yet."""
     length, keys = draw.random.choice([1, 5]), 60
-    inputs, options = selection(draw, "given", "sigmoid", keys, length, True, share=share)
+    block = draw.random.choice([0, 8])
+    inputs, options = selection(draw, "given", "sigmoid", keys, length, True, share=share, block=block)
     q, k, weight, bias, starts, wanted, _, reference, *_ = inputs
     past = draw.integers(8, keys - length, 2)
     for b in range(2):
