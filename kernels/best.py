@@ -153,8 +153,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     wanted = _number(asked, statistic, None, rule, asked.available) if given else asked.available.clamp_max(most)
     ranks = torch.where(asked.available > plan.room, plan.rank(wanted), 0)
     starts, lasts, wanted = asked.starts.int(), asked.lasts.int(), wanted.int()
-    none = torch.empty(0, dtype=torch.float32, device=device)
-    k, bias = scores.k.contiguous(), none if scores.bias is None else scores.bias
+    scores = scores._replace(k=scores.k.contiguous())
     for part in _parts(asked, num_keys):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
         chosen, count = words[:, in_words], part.stop - part.start
@@ -163,10 +162,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         if candidates is not None:
             lists = unions(candidates(part), ends_here, WORD, num_keys)
         capacity = lists[0].shape[2] if listed else 0
-        inputs = (
-            scores.q[:, part].contiguous(), k, none if scores.weight is None else scores.weight[:, part].contiguous(),
-            bias, starts[:, part].contiguous(), lasts[:, part].contiguous(),
-        )  # fmt: skip
+        inputs = _inputs(scores.rows(part), starts[:, part], lasts[:, part])
         bounds = torch.full((batch, count), math.nan, dtype=torch.float32, device=device)
         if num_keys > plan.room:
             sampled = torch.empty(batch, count, samples, dtype=torch.float32, device=device)
@@ -214,12 +210,8 @@ def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
     scores, asked, reference, rule, _, candidates = task
     rows = asked.lasts.shape[1]
     open_ = None if candidates is None else candidates(slice(0, rows))
-    starts, lasts = asked.starts.int().contiguous(), asked.lasts.int().contiguous()
-    none = torch.empty(0, dtype=torch.float32, device=words.device)
-    inputs = (
-        scores.q.contiguous(), scores.k.contiguous(), none if scores.weight is None else scores.weight.contiguous(),
-        none if scores.bias is None else scores.bias, starts, lasts,
-    )  # fmt: skip
+    inputs = _inputs(scores, asked.starts.int(), asked.lasts.int())
+    starts, lasts = inputs[-2:]
     values = scores_of_few(inputs, open_, _shape(scores, rule))
     wanted, limits = asked.wanted, Limits(rule.local_window, rule.sink_tokens, rule.k_min, rule.k_max)
     if rule.controller != "given" or open_ is not None:
@@ -229,6 +221,16 @@ def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
         wanted = _number(asked, statistic, reference, rule, visible.sum(-1))
         limits = limits._replace(k_min=0, k_max=words.shape[2])
     choose_few(values, starts, lasts, wanted.int().contiguous(), limits, words, words.stride(0))
+
+
+def _inputs(scores: Scores, starts: Tensor, lasts: Tensor) -> tuple[Tensor, ...]:
+    """What every kernel that scores takes first."""
+    none = torch.empty(0, dtype=torch.float32, device=scores.q.device)
+    weight, bias = scores.weight, scores.bias
+    return (
+        scores.q.contiguous(), scores.k.contiguous(), none if weight is None else weight.contiguous(),
+        none if bias is None else bias, starts.contiguous(), lasts.contiguous(),
+    )  # fmt: skip
 
 
 def _shape(scores: Scores, rule: Rule) -> Options:

@@ -15,6 +15,7 @@ from kernels.scores import (
     FORCED,
     between,
     between_counts,
+    narrowed,
     of_queries,
     order_block,
     ordered,
@@ -38,7 +39,7 @@ def rescore(
     Lists are those of tiles of M queries. The count exceeds `room` if there are more or if the list was cut.
     """
     tile, batch = tl.program_id(0), tl.program_id(1)
-    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
+    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
     first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), True)
     bit = (tile * M + tl.arange(0, M)) % 32
     queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
@@ -101,11 +102,7 @@ def choose(
         while (reached > want) & (low < high):
             middle = between_counts(low, high, reached, above, want, turn)
             here = reaching(order, rest, more, middle)
-            enough = here >= want
-            low = tl.where(enough, middle, low)
-            reached = tl.where(enough, here, reached)
-            high = tl.where(enough, high, middle - 1)
-            above = tl.where(enough, above, here)
+            low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
             turn += 1
         state = tl.where((reached > want) & (want > 0), TIED, state)
         if state == DONE:  # else a later kernel looks at all marked keys
@@ -136,22 +133,15 @@ def choose_tied(
             place = tl.arange(0, P)
             start = row * room
             low, high = tl.full((), -2147483647, tl.int32), tl.full((), 2147483647, tl.int32)
-            reached = count
+            reached, above = count, tl.full((), 0, tl.int32)
             while (reached > want) & (low < high):
                 middle = between(low, high) + 1
                 here = tl.full((), 0, tl.int32)
                 for first in range(0, count, P):
                     order = tl.load(values + start + first + place, mask=first + place < count, other=-2147483648)
                     here += tl.sum((order >= middle).to(tl.int32))
-                enough = here >= want
-                low = tl.where(enough, middle, low)
-                reached = tl.where(enough, here, reached)
-                high = tl.where(enough, high, middle - 1)
-            above = tl.full((), 0, tl.int32)
-            for first in range(0, count, P):
-                order = tl.load(values + start + first + place, mask=first + place < count, other=-2147483648)
-                above += tl.sum((order > low).to(tl.int32))
-            space = want - above
+                low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
+            space = want - above  # for those equal to `low`; all of them fit where just as many as wanted reach it
             taken = tl.full((), 0, tl.int32)
             for first in range(0, count, P):
                 inside = first + place < count
@@ -178,7 +168,7 @@ def search(
     The first two steps look at a query's bound: where many scores are equal, it is mostly these that it lies below.
     """
     tile, batch = tl.program_id(0), tl.program_id(1)
-    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
+    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
     short = real & (tl.load(states + row, mask=real, other=0) == SHORT)
     if tl.max(short.to(tl.int32)) > 0:
         per_list: tl.constexpr = 32 // M

@@ -82,7 +82,7 @@ def _score(
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
-    row, real, start, last = queries_of_tile(starts, lasts, 0, batch, num_rows, M, M)
+    row, real, start, last = queries_of_tile(starts, lasts, 0, batch, num_rows, M)
     end = tl.minimum(tl.max(last) + 1, num_keys)
     first = tl.program_id(0) * (BLOCKS * N)
     if first < end:

@@ -21,8 +21,9 @@ def one_or_two_levels(
     most = rule.most(scores.k.shape[1])
     if not rule.block or not asked.lasts.shape[1]:
         return best(scores, asked, reference, rule, most, None)
-    candidates = _of_few if asked.lasts.shape[1] <= FEW else _of_many
-    return best(scores, asked, reference, rule, most, candidates(scores, starts, asked, rule))
+    few = asked.lasts.shape[1] <= FEW
+    candidates = _of_few(scores, asked, rule) if few else _of_many(scores, starts, asked, rule)
+    return best(scores, asked, reference, rule, most, candidates)
 
 
 def _of_many(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candidates:
@@ -40,9 +41,8 @@ def _of_many(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candid
     return candidates
 
 
-def _of_few(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candidates:
+def _of_few(scores: Scores, asked: Asked, rule: Rule) -> Candidates:
     """The same of a few queries, each of which pools its own document: no shape depends on where documents start."""
-    del starts
     batch, rows = asked.lasts.shape
     num_keys, size = scores.k.shape[1], rule.block
     count = -(-num_keys // size)
@@ -62,10 +62,7 @@ def _of_few(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candida
     chosen = _best_blocks(of_blocks, each, torch.zeros_like(own), own, rule)
     key = torch.arange(num_keys, device=scores.k.device)
     of_key = ((key - asked.starts[..., None]) // size).clamp(0, count - 1)
-    mask = (chosen.view(batch, rows, count) & 1).bool().gather(2, of_key)
-    near, sinks = _always(asked, rule)
-    mask = mask | (key >= near[..., None]) | (key < sinks[..., None])
-    mask = mask & (key >= asked.starts[..., None]) & (key <= asked.lasts[..., None])
+    mask = _with_always((chosen.view(batch, rows, count) & 1).bool().gather(2, of_key), *_always(asked, rule), asked)
     bits = torch.arange(rows, dtype=torch.int32, device=key.device)[:, None]
     words = (mask.int() << bits).sum(1, dtype=torch.int32, keepdim=True)
     return lambda _: words
@@ -89,6 +86,13 @@ def _always(asked: Asked, rule: Rule) -> tuple[Tensor, Tensor]:
     return near, torch.minimum(asked.starts + rule.sink_tokens, asked.lasts + 1)
 
 
+def _with_always(mask: Tensor, near: Tensor, sinks: Tensor, asked: Asked) -> Tensor:
+    """Candidates [B, R, S]: keys of chosen blocks, those that always are (`_always`), and none that is not seen."""
+    key = torch.arange(mask.shape[2], device=mask.device)
+    mask = mask | (key >= near[..., None]) | (key < sinks[..., None])
+    return mask & (key >= asked.starts[..., None]) & (key <= asked.lasts[..., None])
+
+
 def pool(keys: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean keys [B, N, d] of blocks that are counted from the start of each document, and each key's block [B, S].
 
@@ -110,10 +114,8 @@ def _widen(words: Tensor, of_key: Tensor, near: Tensor, sinks: Tensor, asked: As
     batch, rows = asked.lasts.shape
     num_keys = of_key.shape[1]
     if not runs_triton(words):
-        key = torch.arange(num_keys, device=words.device)
-        mask = unpack(words, rows).gather(2, of_key[:, None].expand(-1, rows, -1)) | (key >= near[..., None])
-        mask |= key < sinks[..., None]
-        return pack(mask & (key >= asked.starts[..., None]) & (key <= asked.lasts[..., None]))
+        chosen = unpack(words, rows).gather(2, of_key[:, None].expand(-1, rows, -1))
+        return pack(_with_always(chosen, near, sinks, asked))
     out = torch.empty(batch, words.shape[1], num_keys, dtype=torch.int32, device=words.device)
     block = 1024
     _widen_kernel[(words.shape[1], triton.cdiv(num_keys, block), batch)](

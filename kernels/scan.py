@@ -14,7 +14,7 @@ The bound decides what a selection costs, never what it is.
 import triton
 import triton.language as tl
 
-from kernels.scores import between_counts, of_queries, ordered, queries_of_tile, rights, score_block, walk
+from kernels.scores import between_counts, narrowed, of_queries, ordered, queries_of_tile, rights, score_block, walk
 
 SUMS = {"given": 0, "variance": 1, "entropy": 2, "threshold": 3}
 NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -30,7 +30,7 @@ def sample(
 ):  # fmt: skip
     """Scores of every `stride`-th element, −inf where it may not be chosen: samples [B, R, num_samples]."""
     tile, batch = tl.program_id(0), tl.program_id(1)
-    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
+    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
     first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), LISTED)
     count = (end - first + stride - 1) // stride
     tl.store(ends + batch * tl.num_programs(0) + tile, count)
@@ -71,11 +71,7 @@ def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: 
             while (reached > most) & (low < high):
                 middle = between_counts(low, high, reached, above, rank + rank // 32, turn)
                 here = tl.sum((order >= middle).to(tl.int32))
-                enough = here >= rank
-                low = tl.where(enough, middle, low)
-                reached = tl.where(enough, here, reached)
-                high = tl.where(enough, high, middle - 1)
-                above = tl.where(enough, above, here)
+                low, high, reached, above = narrowed(low, high, reached, above, middle, here, rank)
                 turn += 1
             bits = low ^ ((low >> 31) & 0x7FFFFFFF)
             value = (bits - tl.where(low < 0, -1, 1)).to(tl.float32, bitcast=True)  # the next number down
@@ -151,7 +147,7 @@ def mark(
     variance, the entropy of softmax(tau · score), or how many reach `threshold`.
     """
     tile, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest walks first
-    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M, M)
+    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
     first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), LISTED)
     least = tl.load(bounds + row, mask=real, other=float("inf"))
     queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)

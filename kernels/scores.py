@@ -54,12 +54,23 @@ def between_counts(low, high, reached, above, want, turn):
 
 
 @triton.jit
-def queries_of_tile(starts, lasts, tile, batch, num_rows, M: tl.constexpr, TILE: tl.constexpr):
-    """M queries, TILE of them the tile's: rows, which are real, and the first and the last key that each may see."""
-    column = tl.arange(0, M)
-    i = tile * TILE + column
+def narrowed(low, high, reached, above, middle, here, want):
+    """`low`, `high` and their counts (`between_counts`) once `here` numbers are known to be ≥ middle."""
+    enough = here >= want
+    return (
+        tl.where(enough, middle, low),
+        tl.where(enough, high, middle - 1),
+        tl.where(enough, here, reached),
+        tl.where(enough, above, here),
+    )
+
+
+@triton.jit
+def queries_of_tile(starts, lasts, tile, batch, num_rows, M: tl.constexpr):
+    """A tile's M queries: rows, which are real, and the first and the last key that each may see."""
+    i = tile * M + tl.arange(0, M)
     row = batch.to(tl.int64) * num_rows + i
-    real = (i < num_rows) & (column < TILE)
+    real = i < num_rows
     start = tl.load(starts + row, mask=real, other=2147483647)
     last = tl.load(lasts + row, mask=real, other=-1)
     return row, real, start, last

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -96,8 +95,7 @@ def checkpoint_rows(source: str, length: int | None, tracking: TrackingConfig, s
     Raises:
         RequestError: there is no such checkpoint, its held-out text is too short, or the kernels cannot run a layer.
     """
-    if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source):
-        source = f"runs:/{source}"
+    source = checkpoint.named(source)
     found = checkpoint.find(source, tracking, storage)
     config = found.config()
     windows = prepare(config.data, storage / "data").held_out

@@ -42,8 +42,7 @@ def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) ->
     Raises:
         RequestError: there is no such checkpoint, or its text is not the text it was trained on.
     """
-    if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source):
-        source = f"runs:/{source}"
+    source = checkpoint.named(source)
     found = checkpoint.find(source, tracking, storage)
     config = found.config()
     data = prepare(config.data, storage / "data")

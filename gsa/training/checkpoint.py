@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,11 @@ def load(checkpoint: Checkpoint) -> GSAForCausalLM:
     model = GSAForCausalLM(checkpoint.config().model)
     checkpoint.load_model(model)
     return model.eval()
+
+
+def named(source: str) -> str:
+    """`runs:/<run_id>` for a run's id alone, anything else as it is."""
+    return f"runs:/{source}" if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source) else source
 
 
 def find(source: str | Path, tracking: "TrackingConfig | None" = None, storage: str | Path = "runs") -> Checkpoint:
