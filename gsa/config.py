@@ -3,8 +3,8 @@
 - A file is parsed with `yaml.safe_load`, then merged by OmegaConf into the dataclasses that
   stand beside the code they set.
 - `include: other.yaml` in any mapping starts that mapping from another file's content.
-- Keys are dotted; `model.layers[2].k` names one layer's, `model.layers[0:2].k` and
-  `model.layers[*].k` several layers' settings at once.
+- Keys are dotted; `model.layers[2].k` names one layer's setting. `[0:2]`, `[0,3:5,7]`, `[*]` and the thirds
+  `[first]`, `[middle]` and `[last]` name several layers' at once.
 """
 
 import dataclasses
@@ -124,27 +124,60 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def assign(schema: Schema, data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in plain data, in place; `[i]`, `[a:b]` and `[*]` name layers."""
+    """Set a dotted key in plain data, in place; brackets name layers as `expand` says."""
     for concrete in expand(schema, data, key):
         _assign_one(data, _parts(concrete), value, concrete)
 
 
+THIRDS = ("first", "middle", "last")
+
+
 def expand(schema: Schema, data: dict[str, Any], key: str) -> list[str]:
-    """The keys that a key with `[*]` or `[a:b]` stands for; other keys stand for themselves."""
-    found = re.search(r"\[(\*|-?\d*:-?\d*)\]", key)
+    """The keys, one a layer, that a key with several layers stands for; other keys stand for themselves.
+
+    `layers[*]` is every layer; `layers[a:b]` a slice; `layers[0,3:5,7]` a list of numbers and slices. `layers[first]`
+    and `layers[last]` are ⌊L/3⌋ layers each at the bottom and at the top of L layers, `layers[middle]` the others.
+
+    Raises:
+        ConfigError: what stands in brackets is none of these, names a layer that is not there, one twice or none, or
+            a third of fewer than 3 layers.
+    """
+    found = re.search(r"\[(?!\d+\])([^\]]*)\]", key)
     if not found:
         return [key]
-    if not key[: found.start()].endswith("layers"):
-        raise ConfigError(key, found.group(), "only model.layers takes [*] and [a:b]")
-    owner = key[: found.start()].removesuffix("layers").rstrip(".")
-    length = lookup(data, f"{owner}.num_layers")
+    if not re.search(r"(^|\.)layers$", key[: found.start()]):
+        raise ConfigError(key, found.group(), "only model.layers takes [*], [a:b], [a,b] and [first]")
+    count_key = key[: found.start()].removesuffix("layers") + "num_layers"
+    length = lookup(data, count_key)
     if length is None:
         length = ModelConfig().num_layers
-    start, _, stop = found.group(1).partition(":")
-    chosen = range(length)[:] if start == "*" else range(length)[_index(start) : _index(stop)]
-    if not len(chosen):
-        raise ConfigError(key, found.group(), f"names none of the {length} layers")
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise ConfigError(count_key, length, "must be a whole number")
+    chosen = _chosen(key, found.group(1), length)
     return [key[: found.start()] + f"[{i}]" + key[found.end() :] for i in chosen]
+
+
+def _chosen(key: str, selector: str, length: int) -> list[int]:
+    if selector in THIRDS:
+        third = length // 3
+        if third < 1:
+            raise ConfigError(key, f"[{selector}]", f"names a third of the layers, and there are only {length}")
+        bounds = (0, third, length - third, length)
+        place = THIRDS.index(selector)
+        return list(range(bounds[place], bounds[place + 1]))
+    chosen: list[int] = []
+    for item in [":"] if selector == "*" else selector.split(","):
+        start, colon, stop = item.strip().partition(":")
+        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?|\d+", start + colon + stop):
+            allowed = "must be layers' numbers and slices, as [2], [0:3] and [0,3:5], or *, first, middle or last"
+            raise ConfigError(key, f"[{selector}]", f"{allowed}{nearest(selector, THIRDS)}")
+        named = range(length)[_index(start) : _index(stop)] if colon else range(length)[int(start) :][:1]
+        if not named:
+            raise ConfigError(key, f"[{selector}]", f"{item.strip()} names none of the {length} layers")
+        chosen += named
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(key, f"[{selector}]", "names a layer twice")
+    return chosen
 
 
 def lookup(data: Any, key: str) -> Any:

@@ -2,9 +2,7 @@
 
 - One parent run a sweep, one child a trial. A run is found again by its key (sweep and trial), so
   whoever continues a trial continues its run.
-- Nothing here is global: the store's address travels in `TrackingConfig`, to workers too.
-- A step that the store holds already is not logged again: a trial that goes on from a checkpoint repeats
-  some steps, and their metrics must not be doubled.
+- Runs do not talk to it: they write to their spool (`gsa.spool`), and one background writer a sweep logs from there.
 """
 
 import contextlib
@@ -14,35 +12,42 @@ import logging
 import math
 import os
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from gsa.data.packing import DataConfig
+from typing import Any
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# who logs tries again by itself; its own minutes of retries would hide an outage
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from gsa.errors import RequestError
 from gsa.settings import setting
+from gsa.spool import Row, of_system
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
 
 KEY, STATE, REASON, PARENT = "gsa.key", "gsa.state", "gsa.reason", "mlflow.parentRunId"
+TOLD = "gsa.told"  # bytes of a run's spool that were logged when it ended
 OBJECTIVES = "gsa.objectives"  # of a sweep's run, and of no other
 # how each state of a run of ours is told to MLflow
 STATUS = {"finished": "FINISHED", "stopped_early": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # that MLflow takes in one request
+RUNS_AT_ONCE = 100  # whose histories MLflow gives in one request
+HISTORY_POINTS = 500  # of one run that are read
 PARAM_LIMIT = 6000  # characters of a parameter's value that MLflow stores
 
 
@@ -76,53 +81,96 @@ class Tracking:
         """The id of the run with this key, set to RUNNING; made where there is none yet."""
         run = self.find_run(key)
         if run is None:
-            own = {KEY: key, STATE: "running", "mlflow.source.name": "gsa", **(tags or {})}
-            if parent is not None:
-                own[PARENT] = parent
-            run = self.client.create_run(self.experiment_id, run_name=name, tags=own)
-        else:
-            self.client.update_run(run.info.run_id, status="RUNNING")
-            self.client.set_tag(run.info.run_id, STATE, "running")
+            return self.create_run(key, name, parent, tags or {})
+        self.restart(run.info.run_id)
         return str(run.info.run_id)
 
-    def describe(self, run_id: str, params: dict[str, Any], config_yaml: str) -> None:
-        """Record the resolved configuration: flat parameters, and the whole as an artifact. Once a run, as parameters
-        cannot change; what an interruption left out is added."""
-        known = self.client.get_run(run_id).data.params
-        entries = [Param(_mlflow_name(k), str(v)[:PARAM_LIMIT]) for k, v in params.items()]
-        entries = [entry for entry in entries if entry.key not in known]
-        if not entries:
-            return
-        self.client.log_text(run_id, config_yaml, "config.yaml")
-        for first in range(0, len(entries), 100):
-            self.client.log_batch(run_id, params=entries[first : first + 100])
+    def create_run(self, key: str, name: str, parent: str | None, tags: dict[str, str]) -> str:
+        """The id of a new run."""
+        own = {KEY: key, STATE: "running", "mlflow.source.name": "gsa", **tags}
+        if parent is not None:
+            own[PARENT] = parent
+        return str(self.client.create_run(self.experiment_id, run_name=name, tags=own).info.run_id)
 
-    def describe_data(self, run_id: str, config: "DataConfig", fingerprint: str) -> None:
+    def restart(self, run_id: str) -> None:
+        """A run that had ended goes on."""
+        self.client.update_run(run_id, status="RUNNING")
+        self.client.set_tag(run_id, STATE, "running")
+
+    def describe(self, run_id: str, params: dict[str, Any], config_yaml: str) -> None:
+        """Record the resolved configuration: flat parameters, and the whole as an artifact. They cannot change; the
+        same again changes nothing."""
+        self.client.log_text(run_id, config_yaml, "config.yaml")
+        entries = [Param(_mlflow_name(k), str(v)[:PARAM_LIMIT]) for k, v in params.items()]
+        for first in range(0, len(entries), PARAMS_AT_ONCE):
+            self.client.log_batch(run_id, params=entries[first : first + PARAMS_AT_ONCE])
+
+    def describe_data(self, run_id: str, corpus: dict[str, Any], fingerprint: str) -> None:
         """Record the dataset a run trains on."""
-        source = json.dumps(dataclasses.asdict(config.corpus))
-        dataset = Dataset(name=config.corpus.source, digest=fingerprint[:36], source_type="gsa", source=source)
+        digest = fingerprint[:36]
+        dataset = Dataset(name=corpus["source"], digest=digest, source_type="gsa", source=json.dumps(corpus))
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """The last value of every metric."""
         return dict(self.client.get_run(run_id).data.metrics)
 
-    def last_step(self, run_id: str) -> int:
-        """The last step that was logged, 0 where there is none."""
-        return int(self.metrics(run_id).get("step", 0))
+    def history(self, run_id: str, metrics: Iterable[str]) -> dict[int, dict[str, float]]:
+        """Every value of some metrics, by step."""
+        found: dict[int, dict[str, float]] = {}
+        for metric in metrics:
+            for logged in self.client.get_metric_history(run_id, metric):
+                found.setdefault(logged.step, {})[metric] = logged.value
+        return found
+
+    def histories(self, run_ids: list[str], metric: str) -> dict[str, list[tuple[int, float]]]:
+        """The values of one metric by step, by run; evenly sampled where there are more than `HISTORY_POINTS`. One
+        request for each hundred runs; a database is asked run by run."""
+        found: dict[str, dict[int, float]] = {run_id: {} for run_id in run_ids}
+        if self.uri.startswith("sqlite:"):
+            for run_id in run_ids:
+                history = self.client.get_metric_history(run_id, metric)
+                stride = max(1, math.ceil(len(history) / HISTORY_POINTS))
+                found[run_id] = {m.step: m.value for m in [*history[::stride], *history[-1:]]}
+        else:
+            for first in range(0, len(run_ids), RUNS_AT_ONCE):
+                query = {"run_ids": run_ids[first : first + RUNS_AT_ONCE], "metric_key": metric}
+                path = "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval"
+                answer = http_request(
+                    get_default_host_creds(self.uri), path, "GET", params=query | {"max_results": HISTORY_POINTS}
+                )
+                for m in verify_rest_response(answer, path).json().get("metrics", []):
+                    found[m["run_id"]][int(m.get("step", 0))] = float(m.get("value", 0.0))
+        return {run_id: sorted(steps.items()) for run_id, steps in found.items()}
 
     def log(self, run_id: str, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of one step in one request. Values that are not finite are left out."""
-        now = int(time.time() * 1000)
-        kept = {name: value for name, value in metrics.items() if math.isfinite(value)} | {"step": float(step)}
-        self.client.log_batch(run_id, [Metric(_mlflow_name(name), value, now, step) for name, value in kept.items()])
+        """Log metrics of one step that no spool holds. Values that are not finite are left out."""
+        self.log_rows(run_id, [Row(0, int(time.time() * 1000), step, metrics)])
+
+    def log_rows(self, run_id: str, rows: Iterable[Row]) -> None:
+        """Log many rows in few requests. What the store holds already, with its time, is not doubled."""
+        entries = []
+        for row in rows:
+            given = row.metrics if of_system(row) else row.metrics | {"step": float(row.step)}
+            finite = {name: value for name, value in given.items() if math.isfinite(value)}
+            entries += [Metric(_mlflow_name(name), value, row.time, row.step) for name, value in finite.items()]
+        for first in range(0, len(entries), METRICS_AT_ONCE):
+            self.client.log_batch(run_id, entries[first : first + METRICS_AT_ONCE])
 
     def tag(self, run_id: str, tags: dict[str, str]) -> None:
         self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def finish(self, run_id: str, state: str, reason: str = "") -> None:
-        """End a run as `finished`, `stopped_early`, `failed` or `killed`."""
-        self.tag(run_id, {STATE: state} | ({REASON: reason[:PARAM_LIMIT]} if reason else {}))
+    def finish(self, run_id: str, state: str, reason: str = "", told: int | None = None) -> None:
+        """End a run as `finished`, `stopped_early`, `failed` or `killed`.
+
+        Args:
+            run_id: of the run.
+            state: how it ended.
+            reason: why it failed.
+            told: bytes of its spool that were logged before.
+        """
+        tags = {STATE: state} | ({REASON: reason[:PARAM_LIMIT]} if reason else {})
+        self.tag(run_id, tags | ({TOLD: str(told)} if told is not None else {}))
         self.client.set_terminated(run_id, STATUS[state])
 
     def upload(self, run_id: str, path: Path, place: str) -> None:
@@ -144,6 +192,25 @@ class Tracking:
             return Path(self.client.download_artifacts(run_id, place))
         except MlflowException as error:
             raise RequestError(f"run {run_id}: {error.message.splitlines()[0]} (store: {self.uri})") from error
+
+    def read_text(self, run_id: str, place: str) -> str:
+        """The text of an artifact.
+
+        Raises:
+            RequestError: there is no such run, or it has no such artifact.
+        """
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return Path(self.client.download_artifacts(run_id, place, folder)).read_text(encoding="utf-8")
+        except (MlflowException, OSError) as error:
+            message = error.message if isinstance(error, MlflowException) else str(error)
+            raise RequestError(
+                f"run {run_id}: artifact {place!r} cannot be read: {message.splitlines()[0]} (store: {self.uri})"
+            ) from error
+
+    def log_text(self, run_id: str, text: str, place: str) -> None:
+        """Store a text as the artifact file `place`; one that is there is replaced."""
+        self.client.log_text(run_id, text, place)
 
     def children(self, parent: str) -> list[Run]:
         """The runs below a sweep's run, oldest first."""
@@ -168,16 +235,6 @@ class Tracking:
             self.client.create_registered_model(name)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/checkpoint"
         return str(self.client.create_model_version(name, source, run_id).version)
-
-    @contextlib.contextmanager
-    def system_metrics(self, run_id: str) -> Iterator[None]:
-        """Log this machine's use while the block runs."""
-        monitor = SystemMetricsMonitor(run_id, sampling_interval=2, resume_logging=True, tracking_uri=self.uri)
-        monitor.start()
-        try:
-            yield
-        finally:
-            monitor.finish()
 
 
 def open_store(config: TrackingConfig, storage: str | Path) -> Tracking:

@@ -67,15 +67,18 @@ def sweep(
     from ray_jobs.report import show
     from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
 
-    if (config is None) == (resume is None):
+    if config is None and resume is None:
         raise RequestError("gsa sweep: give either a CONFIG to start, or --resume NAME to continue")
     if resume is not None:
         name, folder = resume, str(storage)
+        overrides = [*([] if config is None else [str(config)]), *(overrides or [])]
+        if config is not None and "=" not in str(config):
+            raise RequestError(f"gsa sweep --resume {name}: goes on with its own configuration, not with {config}")
     else:
         settings = load_sweep(Path(str(config)), overrides)
         name, folder = settings.name, settings.train.storage
     try:
-        report = resume_sweep(name, folder, console) if resume is not None else run_sweep(settings, console)
+        report = resume_sweep(name, folder, console, overrides) if resume is not None else run_sweep(settings, console)
     except KeyboardInterrupt:
         _interrupted(f"gsa sweep --resume {name}{_storage_option(folder)}")
     except RunError as error:
@@ -84,23 +87,40 @@ def sweep(
     _next(f"gsa ui{_storage_option(folder)}", f"gsa report {name} --json{_storage_option(folder)}")
 
 
-@app.command(epilog="Example: `gsa report quickstart --json`")
+@app.command(epilog="Example: `gsa report quickstart --html report.html`")
 def report(
     sweep: Annotated[str, typer.Argument(help="name of the sweep", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page with plots, one file")] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="write a table of all trials")] = None,
+    optuna: Annotated[
+        str | None, typer.Option(metavar="URL|FILE", help="write an Optuna study, to a database or a journal")
+    ] = None,
     storage: Storage = Path("runs"),
     tracking_uri: TrackingUri = None,
     experiment: Experiment = "gsa",
 ) -> None:
-    """Leaderboard and Pareto front of a sweep, running or ended."""
+    """Leaderboard, Pareto front and what matters in a sweep, running or ended."""
     from gsa.tracking import TrackingConfig, open_store
+    from ray_jobs.export import export_study, write_parquet
     from ray_jobs.report import read_report, show
+    from ray_jobs.reporting.page import write_html
 
-    found = read_report(open_store(TrackingConfig(tracking_uri, experiment), storage), sweep)
+    tracking = open_store(TrackingConfig(tracking_uri, experiment), storage)
+    found = read_report(tracking, sweep)
+    if html is not None:
+        write_html(found, html)
+    if parquet is not None:
+        write_parquet(found, parquet)
+    if optuna is not None:
+        export_study(tracking, found, optuna)
     if json:
         print(found.to_json())
-    else:
-        show(found, console)
+        return
+    show(found, console)
+    for written in (html, parquet, optuna):
+        if written is not None:
+            console.print(f"written: {written}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval", epilog="Example: `gsa eval 2f0c…` or `gsa eval runs/train/tiny`")
@@ -208,6 +228,36 @@ def bench(
         print(found.to_json())
     else:
         show(found, console)
+
+
+@app.command(epilog="Example: `gsa propose 2f0c… --out configs/sweep/layers.yaml`")
+def propose(
+    run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="YAML file; default: proposals/NAME-layers.yaml in storage")] = None,
+    max_dimensions: Annotated[int, typer.Option(min=1, help="dimensions of the space, over all settings")] = 6,
+    json: Annotated[bool, typer.Option("--json", help="print JSON; write YAML only with --out")] = False,
+    storage: Storage = Path("runs"),
+    tracking_uri: TrackingUri = None,
+    experiment: Experiment = "gsa",
+) -> None:
+    """A sweep over selection by layer, drawn from what a trained model's layers do on its held-out text."""
+    from gsa.tracking import TrackingConfig
+    from ray_jobs.proposal import measure, propose_space, show, write
+
+    config, layers = measure(run, TrackingConfig(tracking_uri, experiment), storage)
+    found = propose_space(layers, config, max_dimensions)
+    path = out or storage / "proposals" / f"{config.name}-layers.yaml"
+    if found.space and (out is not None or not json):
+        write(found, config, path)
+    if json:
+        print(found.to_json())
+        return
+    show(found, console)
+    if not found.space:
+        settled = " ".join(f"{key}={value}" for key, value in found.settings.items())
+        console.print(f"nothing is left to search; settled: {settled or 'nothing'}", markup=False, soft_wrap=True)
+        return
+    _next(f"gsa sweep {path}")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ray_jobs.record import COMPLETE, FAIL, PRUNED, RUNNING, Entry, Event, Record
-from ray_jobs.searcher import ObjectiveConfig
+from ray_jobs.objectives import ObjectiveConfig
+from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, Event, Record
 
-WORDS = {COMPLETE: "finished", PRUNED: "stopped early", FAIL: "failed", RUNNING: "running"}
+WORDS = {COMPLETE: "finished", PRUNED: "stopped early", FAIL: "failed", PAUSED: "paused", RUNNING: "running"}
 
 
 class SweepProgress:
@@ -53,23 +53,23 @@ class SweepProgress:
         for entry in running:
             step = max(entry.steps, default=0)
             values = entry.steps.get(step, {})
-            shown = [f"{values[o.metric]:.4f}" if values else "" for o in self.objectives]
+            shown = [f"{values[o.metric]:.4f}" if o.metric in values else "" for o in self.objectives]
             table.add_row(entry.trial_id, WORDS[entry.state], f"{step}/{self.total_steps}", *shown)
         return table
 
     def summary(self) -> str:
         """Trials by state, the best so far and the time that is left, in one line."""
-        states = Counter(entry.state for entry in self.record.trials())
+        states = Counter(entry.state for entry in self.record.trials() if entry.imported is None)
         counts = ", ".join(f"{states[state]} {word}" for state, word in WORDS.items() if states[state])
         return f"{self._done()}/{self.total} trials ({counts}){self._best()}{self._left()}"
 
     def _observe(self, event: Event, entry: Entry) -> None:
-        if self.console.is_terminal or not entry.ran:
+        if self.console.is_terminal or not entry.ran or entry.imported is not None:
             return
-        line = {"propose": "started", "result": "step", "end": WORDS[entry.state]}[event["event"]]
+        line = {"propose": "started", "promote": "goes on", "result": "step"}.get(event["event"], WORDS[entry.state])
         if event["event"] == "result":
             line = f"step {event['step']}/{self.total_steps}: {self._values(event['values'])}"
-        if event["event"] == "end":
+        if event["event"] in ("end", "pause"):
             line += f" ({entry.reason})" if entry.reason else ""
             line += f" | {self.summary()}"
         self.console.print(
@@ -77,14 +77,15 @@ class SweepProgress:
         )
 
     def _values(self, values: dict[str, Any]) -> str:
-        return ", ".join(f"{o.metric.removeprefix('held_out_')} {values[o.metric]:.4f}" for o in self.objectives)
+        known = [o.metric for o in self.objectives if o.metric in values]
+        return ", ".join(f"{name.removeprefix('held_out_')} {values[name]:.4f}" for name in known)
 
     def _done(self) -> int:
-        return sum(entry.state != RUNNING for entry in self.record.trials())
+        return sum(entry.state != RUNNING for entry in self.record.trials() if entry.imported is None)
 
     def _best(self) -> str:
         first = self.objectives[0]
-        found = [e.values[0] for e in self.record.trials() if e.values is not None and not e.baseline]
+        found = [e.values[0] for e in self.record.trials() if e.values is not None and e.searched]
         if not found:
             return ""
         best = min(found) if first.mode == "min" else max(found)

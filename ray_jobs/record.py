@@ -1,23 +1,33 @@
 """The record of a sweep: one line of JSON for everything that happened, in order, on disk before it counts.
 
-- It is the only memory of a sweep: the searcher's study, the scheduler's rungs, what is still to run and what was
-  told to MLflow are all rebuilt from it.
+- It is the only memory of a sweep: the searcher's studies, the rungs, what is still to run, what was spent and what
+  MLflow has to be told are all rebuilt from it.
 - Plain data: nothing that is read back can run code. A last line that a crash cut short is dropped.
-- Whoever wants to know of events as they happen subscribes.
+- Whoever wants to know of events as they happen subscribes, or follows the file from another process.
+
+| event | says |
+|---|---|
+| `life` | a driver has begun |
+| `propose` | a trial, all of its entry |
+| `result` | an evaluation: objectives and constraints by name, and the seconds spent so far |
+| `pause` | a trial stands at a rung and waits for others, or for ever |
+| `promote` | it goes on |
+| `end` | it has ended |
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 Params = dict[str, Any]
-Proposal = dict[str, Any]  # trial_id, params, settings, baseline: what Tune hands to a trial
+Proposal = dict[str, Any]  # trial_id, params, settings, baseline, until: what Tune hands to a trial
 Event = dict[str, Any]
 
-RUNNING, COMPLETE, PRUNED, FAIL = "RUNNING", "COMPLETE", "PRUNED", "FAIL"
+RUNNING, PAUSED, COMPLETE, PRUNED, FAIL = "RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"
 
 
 @dataclasses.dataclass
@@ -28,14 +38,24 @@ class Entry:
     params: Params
     settings: dict[str, Any]  # the same as settings of a training configuration
     baseline: bool = False  # a trial to compare with, not proposed by the searcher
+    confirms: str | None = None  # the trial that this one repeats with another seed
+    imported: str | None = None  # the MLflow run that it was taken from; it never runs here
     state: str = RUNNING
-    steps: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # objectives by step
+    until: int | None = None  # step of the rung at which it pauses; None: it runs to its end
+    steps: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)  # objectives, constraints by step
     values: list[float] | None = None  # objectives at full length
     reason: str = ""  # why it failed
     ran: bool = True  # false for a proposal that was not even valid
+    seconds: float = 0.0  # of training
+    sampler: dict[str, Any] = dataclasses.field(default_factory=dict)  # what Optuna's sampler noted of it
+
+    @property
+    def searched(self) -> bool:
+        """Whether the searcher proposed it, in this sweep."""
+        return not self.baseline and self.confirms is None and self.imported is None
 
     def proposal(self) -> Proposal:
-        return {name: getattr(self, name) for name in ("trial_id", "params", "settings", "baseline")}
+        return {name: getattr(self, name) for name in ("trial_id", "params", "settings", "baseline", "until")}
 
 
 class Record:
@@ -43,10 +63,11 @@ class Record:
 
     Args:
         path: of the file; made where there is none.
+        clock: seconds since 1970.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.path, self.clock = path, clock
         self.entries: dict[str, Entry] = {}
         self.events: list[Event] = []
         self._observers: list[Callable[[Event, Entry], None]] = []
@@ -62,17 +83,31 @@ class Record:
         self._file.seek(whole)
 
     def subscribe(self, observer: Callable[[Event, Entry], None]) -> None:
-        """Call `observer` with every new event and its trial, after it is on disk."""
+        """Call `observer` with every new event of a trial and its entry, after it is on disk."""
         self._observers.append(observer)
+
+    def begin(self) -> None:
+        """A driver has begun to work on the sweep."""
+        self._append({"event": "life"})
 
     def propose(self, entry: Entry) -> None:
         """A new trial; `entry.ran` is false where it was refused before it could run."""
         self._append({"event": "propose", **dataclasses.asdict(entry)})
 
-    def result(self, trial_id: str, step: int, values: dict[str, float]) -> None:
+    def result(self, trial_id: str, step: int, values: dict[str, float], seconds: float = 0.0) -> None:
         """An evaluation. One of a step that is known already, by a trial that went back to a checkpoint, is dropped."""
-        if step not in self.entries[trial_id].steps:
-            self._append({"event": "result", "trial_id": trial_id, "step": step, "values": values})
+        known = self.entries[trial_id].steps
+        if step not in known:
+            event = {"event": "result", "trial_id": trial_id, "sequence": len(known), "step": step}
+            self._append(event | {"values": values, "seconds": seconds})
+
+    def pause(self, trial_id: str) -> None:
+        """A trial has come to its rung."""
+        self._append({"event": "pause", "trial_id": trial_id})
+
+    def promote(self, trial_id: str, until: int | None) -> None:
+        """A paused trial goes on to the next rung, or to its end."""
+        self._append({"event": "promote", "trial_id": trial_id, "until": until})
 
     def end(self, trial_id: str, state: str, values: list[float] | None = None, reason: str = "") -> None:
         """A trial has ended, once and for all."""
@@ -83,22 +118,56 @@ class Record:
         return [entry for entry in self.entries.values() if entry.ran]
 
     def _append(self, event: Event) -> None:
+        event = {"time": round(self.clock(), 3)} | event
         self._file.write(json.dumps(event).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         entry = self._apply(event)
-        for observer in self._observers:
-            observer(event, entry)
+        if entry is not None:
+            for observer in self._observers:
+                observer(event, entry)
 
-    def _apply(self, event: Event) -> Entry:
+    def _apply(self, event: Event) -> Entry | None:
         self.events.append(event)
-        if event["event"] == "propose":
-            entry = Entry(**{name: value for name, value in event.items() if name != "event"})
-            self.entries[entry.trial_id] = entry
-            return entry
-        entry = self.entries[event["trial_id"]]
-        if event["event"] == "result":
-            entry.steps[event["step"]] = event["values"]
-        else:
-            entry.state, entry.values, entry.reason = event["state"], event["values"], event["reason"]
+        return apply(self.entries, event)
+
+
+def apply(entries: dict[str, Entry], event: Event) -> Entry | None:
+    """Bring entries by trial up to date with an event; the entry it is about."""
+    kind = event["event"]
+    if kind == "life":
+        return None
+    if kind == "propose":
+        fields = {name: value for name, value in event.items() if name not in ("event", "time")}
+        fields["steps"] = {int(step): values for step, values in fields["steps"].items()}
+        entry = Entry(**fields)
+        entries[entry.trial_id] = entry
         return entry
+    entry = entries[event["trial_id"]]
+    if kind == "result":
+        entry.steps[event["step"]] = event["values"]
+        entry.seconds = max(entry.seconds, event["seconds"])
+    elif kind == "pause":
+        entry.state = PAUSED
+    elif kind == "promote":
+        entry.state, entry.until = RUNNING, event["until"]
+    else:
+        entry.state, entry.values, entry.reason = event["state"], event["values"], event["reason"]
+    return entry
+
+
+def follow(path: Path) -> Iterator[Event | None]:
+    """The events of a record that another process writes, for ever; None where there is no new one yet."""
+    offset = 0
+    while True:
+        content = b""
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read()
+        whole = content.rfind(b"\n") + 1
+        for line in content[:whole].splitlines():
+            yield json.loads(line)
+        offset += whole
+        if not whole:
+            yield None

@@ -1,4 +1,5 @@
-"""What a sweep has found, read from MLflow alone: leaderboard, Pareto front, and the floors to compare with."""
+"""What a sweep has found, read from MLflow alone: leaderboard, Pareto front, the floors to compare with, importances of
+the parameters, learning curves, what each layer selects, and cost."""
 
 import dataclasses
 import json
@@ -12,19 +13,37 @@ from rich.table import Table
 from gsa.errors import RequestError
 from gsa.settings import nearest
 from gsa.tracking import OBJECTIVES, REASON, Tracking
-from ray_jobs.trial import run_key
+from ray_jobs.confirm import Confirmed, indistinguishable
+from ray_jobs.job import run_key
+from ray_jobs.objectives import Aims, ConstraintConfig, ObjectiveConfig
+from ray_jobs.reporting.layers import Layer, layers_of
+from ray_jobs.reporting.study import Curve, Importances, entry_of, importances, read_space
+from ray_jobs.space import Space
 
 BITS = "held_out_bits_per_byte"
+CONSTRAINTS = "gsa.constraints"  # tags of a sweep's run
+RATES = "gsa.rates"  # GPU-hours and money of an hour of one trial
 
 
 @dataclasses.dataclass
 class Report:
     sweep: str
     objectives: list[dict[str, str]]
+    constraints: list[dict[str, Any]]
     floors: dict[str, float]  # bits per byte of a bigram model and of a dense model
     trials: list[dict[str, Any]]  # best first; those that did not come to their end last
     pareto: list[str]  # trial ids
     best: str | None  # trial id
+    run_id: str  # of the sweep
+    importances: Importances
+    curves: dict[str, Curve]  # the first objective by step, by trial id, the dense baseline's too
+    layers: dict[str, list[Layer]]  # by trial id
+    cost: dict[str, dict[str, float]]  # by trial id, all that ran: seconds, gpu_hours, money
+    confirmed: list[dict[str, Any]]  # candidates over several seeds, in the first objective
+    alike: list[tuple[str, str, float]]  # pairs of them that cannot be told apart, and p
+
+    def aims(self) -> Aims:
+        return Aims([ObjectiveConfig(**o) for o in self.objectives], [ConstraintConfig(**c) for c in self.constraints])
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -41,41 +60,45 @@ def read_report(tracking: Tracking, sweep: str) -> Report:
         known = sorted(tracking.sweeps())
         hint = nearest(sweep, known) or (f"; known: {', '.join(known)}" if known else "")
         raise RequestError(f"sweep {sweep!r}: is not in {tracking.uri}{hint}")
-    objectives = json.loads(parent.data.tags[OBJECTIVES])
+    tags = parent.data.tags
+    objectives, constraints = json.loads(tags[OBJECTIVES]), json.loads(tags.get(CONSTRAINTS, "[]"))
+    aims = Aims([ObjectiveConfig(**o) for o in objectives], [ConstraintConfig(**c) for c in constraints])
     floors = {k.removeprefix("floor_"): v for k, v in parent.data.metrics.items() if k.startswith("floor_")}
-    trials = []
-    for run in tracking.children(parent.info.run_id):
-        if json.loads(run.data.tags.get("gsa.baseline", "false")):
-            if BITS in run.data.metrics and tracking.state(run) == "finished":
-                floors["dense_bits_per_byte"] = run.data.metrics[BITS]
-        else:
-            trials.append(_trial(run, tracking.state(run)))
-    names, modes = [o["metric"] for o in objectives], [o["mode"] for o in objectives]
-    values = {
-        t["trial_id"]: [t["metrics"][name] for name in names]
-        for t in trials
-        if t["state"] == "finished" and all(name in t["metrics"] for name in names)
-    }
-    pareto = pareto_front(values, modes)
-    sign = 1 if modes[0] == "min" else -1
-    pareto.sort(key=lambda t: sign * values[t][0])
-    trials.sort(key=lambda t: (t["trial_id"] not in values, sign * t["metrics"].get(names[0], float("inf"))))
-    return Report(sweep, objectives, floors, trials, pareto, pareto[0] if pareto else None)
-
-
-def pareto_front(values: dict[str, list[float]], modes: list[str]) -> list[str]:
-    """The trials than which no other is at least as good in every objective and better in one."""
-    signs = [1 if mode == "min" else -1 for mode in modes]
-
-    def dominates(a: list[float], b: list[float]) -> bool:
-        pairs = [(s * x, s * y) for s, x, y in zip(signs, a, b, strict=True)]
-        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
-
-    return [t for t, own in values.items() if not any(dominates(other, own) for other in values.values())]
+    children = tracking.children(parent.info.run_id)
+    dense: dict[str, float] = {}
+    for run in children:
+        if _is(run, "baseline") and tracking.state(run) == "finished":
+            dense = dict(run.data.metrics)
+            floors |= {"dense_bits_per_byte": dense[BITS]} if BITS in dense else {}
+    searched = [run for run in children if not _is(run, "baseline") and "gsa.confirms" not in run.data.tags]
+    trials = [_trial(run, tracking.state(run), aims, dense) for run in searched]
+    values = {t["trial_id"]: aims.values(t["metrics"]) for t in trials if t["state"] == "finished"}
+    pareto = aims.front((t["trial_id"], v) for t in trials if t["feasible"] and (v := values.get(t["trial_id"])))
+    first = aims.objectives[0]
+    worst = first.sign * float("inf")
+    trials.sort(
+        key=lambda t: (
+            values.get(t["trial_id"]) is None, not t["feasible"], first.sign * t["metrics"].get(first.metric, worst)
+        )
+    )  # fmt: skip
+    ids = {run.info.run_id: str(run.data.tags["gsa.trial_id"]) for run in children}
+    curves = {ids[run_id]: curve for run_id, curve in tracking.histories(list(ids), first.metric).items()}
+    space, refused = _space(tracking, parent.info.run_id)
+    confirmed = _confirmed(children, {t["trial_id"]: t["metrics"] for t in trials}, first.metric)
+    return Report(
+        sweep, objectives, constraints, floors, trials, pareto, pareto[0] if pareto else None, parent.info.run_id,
+        importances=_importances(trials, curves, aims, space, refused),
+        curves=curves,
+        layers={t["trial_id"]: layers_of(t["metrics"], t["params"], space) for t in trials},
+        cost={ids[run.info.run_id]: _cost(run, json.loads(tags.get(RATES, "{}"))) for run in children},
+        confirmed=[dataclasses.asdict(c) | {"mean": c.mean, "deviation": c.deviation} for c in confirmed],
+        alike=indistinguishable(confirmed),
+    )  # fmt: skip
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the leaderboard. `*` marks the Pareto front; the floors stand beside each trial's bits per byte."""
+    """Print the leaderboard. `*` marks the Pareto front, `!` what breaks a constraint; the floors stand beside each
+    trial's bits per byte."""
     names = [o["metric"] for o in report.objectives]
     table = Table(
         title=f"sweep {report.sweep}", title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True
@@ -88,19 +111,36 @@ def show(report: Report, console: Console) -> None:
     for trial in report.trials:
         metrics, bits = trial["metrics"], trial["metrics"].get(BITS)
         against = [f"{bits - floor:+.3f}" if bits is not None else "" for floor in report.floors.values()]
-        front = "*" if trial["trial_id"] in report.pareto else ""
+        front = "*" if trial["trial_id"] in report.pareto else "" if trial["feasible"] else "!"
         steps = f"{metrics['step']:.0f}" if "step" in metrics else ""
         measured = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
         table.add_row(front, trial["trial_id"], trial["state"], steps, *measured, *against)
     console.print(table)
     for trial in report.trials:
-        console.print(f"{trial['trial_id']}  {_settings(trial['params'])}", markup=False, highlight=False)
+        console.print(f"{trial['trial_id']}  {settings_text(trial['params'])}", markup=False, highlight=False)
     console.print()
     for floor, value in report.floors.items():
         console.print(f"{floor.split('_')[0]} model on the same held-out text: {value:.4f} bits per byte")
+    if report.importances.note:
+        console.print(f"importance of parameters: {report.importances.note}", markup=False, highlight=False)
+    for metric, shares in report.importances.objectives.items():
+        short = short_names(list(shares))
+        clear = report.importances.stands_out[metric]
+        ranked = ", ".join(f"{short[key]} {shares[key]:.0%}" for key in clear) or "nothing"
+        line = f"importance for {metric}: {ranked}; what else there is may be chance"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for trial in report.trials:
         if trial["reason"]:
             console.print(f"{trial['trial_id']} {trial['state']}: {trial['reason']}", markup=False, soft_wrap=True)
+        broken = [f"{name} (by {over:.4g})" for name, over in trial["violations"].items() if over > 0]
+        if broken:
+            console.print(f"! {trial['trial_id']} breaks {', '.join(broken)}", markup=False, soft_wrap=True)
+    for one in report.confirmed:
+        spread = f"{names[0]} {one['mean']:.4f} ± {one['deviation']:.4f}"
+        console.print(f"{one['trial_id']} over {len(one['values'])} seeds: {spread}", highlight=False)
+    for a, b, p in report.alike:
+        console.print(f"{a} and {b} cannot be told apart (Welch's t-test, p = {p:.2f})", highlight=False)
+    _show_cost(report, console)
     console.print("\nPareto front (*): " + (", ".join(report.pareto) or "empty: no trial came to its end"))
     if report.best is not None:
         best = next(trial for trial in report.trials if trial["trial_id"] == report.best)
@@ -108,9 +148,19 @@ def show(report: Report, console: Console) -> None:
         console.print(f"best: {report.best}, {aim}, {best['checkpoint']}", soft_wrap=True)
 
 
-def _trial(run: Run, state: str) -> dict[str, Any]:
+def _show_cost(report: Report, console: Console) -> None:
+    total = {unit: sum(cost.get(unit, 0.0) for cost in report.cost.values()) for unit in ("gpu_hours", "money")}
+    hours = sum(cost["seconds"] for cost in report.cost.values()) / 3600
+    more = "".join(f", {total[unit]:.3g} {unit.replace('_', '-')}" for unit in total if total[unit])
+    console.print(f"training took {hours:.3g} hours{more}", highlight=False)
+
+
+def _trial(run: Run, state: str, aims: Aims, dense: dict[str, float]) -> dict[str, Any]:
     tags, run_id = run.data.tags, run.info.run_id
+    violations = aims.violations(run.data.metrics, dense) if state == "finished" else {}
     return {
+        "feasible": all(violation <= 0 for violation in violations.values()),
+        "violations": violations,  # by how much a constraint is broken; 0 or less where it holds
         "trial_id": tags["gsa.trial_id"],
         "state": state,
         "params": json.loads(tags["gsa.params"]),
@@ -118,15 +168,61 @@ def _trial(run: Run, state: str) -> dict[str, Any]:
         "run_id": run_id,
         "checkpoint": f"runs:/{run_id}" if state == "finished" else None,
         "reason": tags.get(REASON, ""),
+        "start_time": run.info.start_time,  # milliseconds since 1970
+        "end_time": run.info.end_time,  # the same, null while it runs
     }
 
 
-def _settings(params: dict[str, Any]) -> str:
-    """Parameters in few words: the last part of each key, with the part before it where that is needed."""
-    last = [key.rsplit(".", 1)[-1] for key in params]
-    words = []
-    for key, value in params.items():
-        short = ".".join(key.rsplit(".", 2)[-2:]) if last.count(key.rsplit(".", 1)[-1]) > 1 else key.rsplit(".", 1)[-1]
-        text = f"{value:.3g}" if isinstance(value, float) else json.dumps(value).replace('"', "").replace(" ", "")
-        words.append(f"{short}={text}")
-    return " ".join(words)
+def _space(tracking: Tracking, run_id: str) -> tuple[Space | None, str]:
+    """The sweep's space, or why it is not known: a report can be read without it."""
+    try:
+        return read_space(tracking, run_id), ""
+    except RequestError as error:
+        return None, str(error)
+
+
+def _importances(
+    trials: list[dict[str, Any]], curves: dict[str, Curve], aims: Aims, space: Space | None, refused: str
+) -> Importances:
+    if space is None:
+        return Importances({}, {}, 0, refused)
+    return importances([entry_of(t, aims.objectives, curves[t["trial_id"]], space) for t in trials], space, aims)
+
+
+def _confirmed(children: list[Run], trials: dict[str, dict[str, float]], metric: str) -> list[Confirmed]:
+    """Candidates that were trained with other seeds too, the best mean first in the order of their trials."""
+    found: dict[str, list[float]] = {}
+    for run in children:
+        original = run.data.tags.get("gsa.confirms")
+        if original is not None and run.info.status == "FINISHED" and metric in run.data.metrics:
+            found.setdefault(original, [trials[original][metric]]).append(run.data.metrics[metric])
+    return [Confirmed(trial_id, values) for trial_id, values in found.items()]
+
+
+def _cost(run: Run, rates: dict[str, float]) -> dict[str, float]:
+    """What a trial has cost: seconds of training, and at the sweep's rates an hour, GPU-hours and money."""
+    seconds = run.data.metrics.get("training_seconds", 0.0)
+    return {"seconds": seconds} | {name: seconds / 3600 * rate for name, rate in rates.items() if rate}
+
+
+def _is(run: Run, what: str) -> bool:
+    return bool(json.loads(run.data.tags.get(f"gsa.{what}", "false")))
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """The last part of each key, with the part before it where two would be the same."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return {
+        key: ".".join(key.rsplit(".", 2)[-2:]) if last.count(name) > 1 else name
+        for key, name in zip(keys, last, strict=True)
+    }
+
+
+def settings_text(params: dict[str, Any]) -> str:
+    """Parameters in few words."""
+    short = short_names(list(params))
+    return " ".join(f"{short[key]}={value_text(value)}" for key, value in params.items())
+
+
+def value_text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value).replace('"', "").replace(" ", "")

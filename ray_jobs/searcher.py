@@ -1,109 +1,79 @@
-"""Optuna as a Ray Tune searcher.
+"""The Ray Tune searcher of a sweep: what runs next.
 
-- Sampling is define-by-run, so conditional and per-layer spaces need no flattening.
-- A trial that the scheduler stopped is told as PRUNED, one that failed or ended in a value that is not finite as
-  FAIL: neither enters the model of good values at its low fidelity.
-- The study lives in memory and is rebuilt from the sweep's record. Sampling for proposal n is seeded by the sweep's
-  seed and n alone.
+Trials that were cut off go on first, then paused ones that may go to the next rung (`ray_jobs.halving`), then new
+proposals (`ray_jobs.studies`), and when the search is over the best are trained again with other seeds. Everything is
+decided from the sweep's record, which is the only memory.
 """
 
-import dataclasses
-import hashlib
-import json
-import math
-import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from gsa.errors import ConfigError, RunError
-from gsa.settings import setting
-from ray_jobs.record import COMPLETE, FAIL, PRUNED, RUNNING, Entry, Params, Record
-from ray_jobs.space import Space
+from gsa.config import TrainConfig
+from gsa.errors import RequestError, RunError
+from ray_jobs.halving import Halving
+from ray_jobs.record import COMPLETE, FAIL, PRUNED, RUNNING, Entry, Record
+from ray_jobs.studies import Studies
 
-SAMPLERS = ("tpe", "random", "nsga2")
 REJECTIONS = 200  # invalid proposals in a row after which the space is held to be empty
 
-# what a search may aim at: metrics of the last evaluation
-METRICS = (
-    "held_out_loss",
-    "held_out_bits_per_byte",
-    "held_out_selected_fraction",
-    "held_out_k_mean",
-    "held_out_mass_kept",
-    "held_out_first_token_mass",
-    "held_out_max_activation",
-    "tokens_per_second",
-)
+Gate = Callable[[TrainConfig], None]  # raises RequestError
 
 
-@dataclasses.dataclass
-class ObjectiveConfig:
-    metric: str = setting("held_out_loss", "metric of the last evaluation", choices=METRICS)
-    mode: str = setting("min", "whether less or more is better", choices=("min", "max"))
-
-
-@dataclasses.dataclass
-class SearcherConfig:
-    sampler: str = setting("tpe", "Optuna sampler: multivariate grouped TPE, random, or NSGA-II", choices=SAMPLERS)
-    startup_trials: int = setting(6, "trials drawn at random before TPE has a model", ge=1)
-
-
-def trial_id(number: int, params: Params) -> str:
-    """A trial's name: its number, and what it tries. The same proposal has the same name in every life of a sweep."""
-    digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
-    return f"{number:05d}-{digest[:8]}"
-
-
-class OptunaSearcher(Searcher):
-    """Proposes trials to Tune: unfinished trials of the record first, then new ones.
+class GsaSearcher(Searcher):
+    """Proposes trials to Tune.
 
     Args:
-        space: what is searched.
-        objectives: metrics and directions, at least one.
-        config: sampler settings.
-        seed: of the sampling.
-        num_samples: proposals in the whole sweep, earlier lives included.
+        studies: what draws new proposals.
+        halving: the rungs.
         record: of the sweep; takes proposals, results and ends.
+        num_samples: proposals that run in the whole sweep, earlier lives included.
         max_failures: times a trial whose process died is proposed again, to go on from its checkpoint. (Tune's own
             option starts no trial again that died while it was starting.)
+        gate: what a proposal must pass before it runs.
+        confirmations: the trials that are to repeat the best once the search is over.
+        spent: why nothing more may be started, or nothing.
     """
 
     def __init__(
         self,
-        space: Space,
-        objectives: list[ObjectiveConfig],
-        config: SearcherConfig,
-        seed: int,
-        num_samples: int,
+        studies: Studies,
+        halving: Halving,
         record: Record,
+        num_samples: int,
         max_failures: int = 0,
+        gate: Gate = lambda config: None,
+        confirmations: Callable[[], list[Entry]] = list,
+        spent: Callable[[], str] = lambda: "",
     ) -> None:
-        super().__init__(metric=objectives[0].metric, mode=objectives[0].mode)
-        self.space, self.objectives, self.config, self.seed = space, objectives, config, seed
-        self.num_samples, self.record = num_samples, record
-        self.interrupted = False  # trials that end from now on were cut off, and stay unfinished in the record
+        first = halving.aims.objectives[0]
+        super().__init__(metric=first.metric, mode=first.mode)
+        self.studies, self.halving, self.record, self.aims = studies, halving, record, halving.aims
+        self.num_samples, self.max_failures = num_samples, max_failures
+        self.gate, self.confirmations, self.spent = gate, confirmations, spent
+        self.interrupted = False  # by a signal
+        self.stopped = False  # trials that end from now on were cut off, and stay unfinished in the record
         self._waiting = [entry for entry in record.trials() if entry.state == RUNNING]
         self._ids: dict[str, str] = {}  # Tune's id of a trial to ours
         self._running: set[str] = set()  # ours
-        self.max_failures = max_failures
         self._failures: Counter[str] = Counter()
-        self._live: dict[str, optuna.Trial] = {}
-        self._study = self._rebuild()
+        self._started = sum(entry.searched and entry.ran for entry in record.entries.values())
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        return True  # the objectives are known from the start
+        return True  # the aims are known from the start
 
     @property
-    def remaining(self) -> int:
-        """Trials that are still to be proposed or continued."""
-        searched = [entry for entry in self.record.trials() if not entry.baseline]
-        return len(self._waiting) + max(0, self.num_samples - len(searched))
+    def finished(self) -> bool:
+        """Whether nothing is left to run."""
+        return not self._running and self._next(peek=True) is None
+
+    @property
+    def halted(self) -> bool:
+        """Whether trials that run are to be cut off: they stay unfinished in the record."""
+        self.stopped = self.stopped or self.interrupted or bool(self.spent())
+        return self.stopped
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial to run; invalid proposals are told to Optuna as failed, at no cost.
@@ -111,40 +81,51 @@ class OptunaSearcher(Searcher):
         Raises:
             RunError: nothing valid was found in many draws.
         """
-        if not self.remaining:
-            return None if self._running else Searcher.FINISHED  # one that runs may have to run again
-        entry = self._waiting.pop(0) if self._waiting else self._propose()
+        entry = self._next()
+        if entry is None:
+            return None if self._running else Searcher.FINISHED  # one that runs may have to run again, or make room
         self._ids[trial_id] = entry.trial_id
         self._running.add(entry.trial_id)
         return entry.proposal()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        values = {o.metric: float(result[o.metric]) for o in self.objectives if o.metric in result}
-        if len(values) == len(self.objectives):
-            self.record.result(self._ids[trial_id], int(result["step"]), values)
+        measured = self.aims.measured(result)
+        if measured and "step" in result:
+            self.record.result(self._ids[trial_id], int(result["step"]), measured, float(result.get("seconds", 0)))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        own = self._ids[trial_id]
+        own = self._ids.pop(trial_id)
         self._running.discard(own)
-        if self.interrupted or self.record.entries[own].state != RUNNING:
+        entry = self.record.entries[own]
+        if result and (result.get("complete") or result.get("paused")):
+            pass  # it had come to its end, whatever else happened
+        elif self.interrupted or self.stopped or entry.state != RUNNING:
             return
         result = result or {}
-        self.on_trial_result(trial_id, result)  # Tune tells the last one only here
-        values = [float(result.get(o.metric, math.nan)) for o in self.objectives]
         if error:
             self._failures[own] += 1
             if self._failures[own] <= self.max_failures:
-                self._waiting.append(self.record.entries[own])
+                self._waiting.append(entry)
             else:
-                self._end(own, FAIL, reason=f"its process died {self._failures[own]} times")
-        elif result.get("failed"):
-            self._end(own, FAIL, reason=str(result["failed"]))
-        elif not all(math.isfinite(v) for v in values):
-            self._end(own, FAIL, reason=f"objectives are {values}")
+                self.record.end(own, FAIL, reason=f"its process died {self._failures[own]} times")
+            return
+        if result.get("failed"):
+            self.record.end(own, FAIL, reason=str(result["failed"]))
+            return
+        self._ids[trial_id] = own
+        self.on_trial_result(trial_id, result)  # Tune tells the last one only here
+        del self._ids[trial_id]
+        measured = self.aims.measured(result)
+        values = self.aims.values(measured)
+        if values is None:
+            shown = ", ".join(f"{o.metric} = {measured.get(o.metric, 'missing')}" for o in self.aims.objectives)
+            self.record.end(own, FAIL, reason=f"an objective is not finite: {shown}")
         elif result.get("complete"):
-            self._end(own, COMPLETE, values)
+            self.record.end(own, COMPLETE, values)
+        elif result.get("paused"):
+            self.record.pause(own)
         else:
-            self._end(own, PRUNED)
+            self.record.end(own, PRUNED)
 
     def save(self, checkpoint_path: str) -> None:
         """The record is on disk already."""
@@ -155,76 +136,48 @@ class OptunaSearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles whatever refers to it into a state that nobody restores
 
+    def _next(self, peek: bool = False) -> Entry | None:
+        """The trial that is to run next, as it then stands in the record; None: none now.
+
+        Args:
+            peek: change nothing; some entry, if there is something to run.
+        """
+        if self._waiting:
+            return self._waiting[0] if peek else self._waiting.pop(0)
+        if self.halted:
+            return None
+        entries = self.record.entries
+        paused = self.halving.promotable(entries)
+        if paused is None and self._started < self.num_samples:
+            return Entry("", {}, {}) if peek else self._propose()
+        if paused is None and not self._running:
+            paused = self.halving.promotable(entries, closing=True)
+        if paused is not None:
+            if not peek:
+                self.record.promote(paused.trial_id, self.halving.after(paused.until))
+            return paused
+        if not self._running_searched():
+            for entry in self.confirmations():
+                if entry.trial_id not in entries:
+                    if not peek:
+                        self.record.propose(entry)
+                    return entries.get(entry.trial_id, entry)
+        return None
+
+    def _running_searched(self) -> bool:
+        return any(self.record.entries[own].searched for own in self._running)
+
     def _propose(self) -> Entry:
         for _ in range(REJECTIONS):
-            number = sum(not entry.baseline for entry in self.record.entries.values())
-            self._study.sampler = self._sampler(number)
-            trial = self._study.ask()
-            params = self.space.sample(trial)
-            entry = Entry(trial_id(number, params), params, self.space.settings(params))
+            entry = self.studies.draw()
+            entry.until = self.halving.first
             try:
-                self.space.compose(entry.settings)
-            except ConfigError as error:
+                self.gate(self.studies.space.compose(entry.settings))
+            except RequestError as error:
                 entry.state, entry.reason, entry.ran = FAIL, str(error), False
-                self._study.tell(trial, state=TrialState.FAIL)
                 self.record.propose(entry)
                 continue
-            self._live[entry.trial_id] = trial
+            self._started += 1
             self.record.propose(entry)
-            return entry
+            return self.record.entries[entry.trial_id]
         raise RunError(f"the space has no valid combination in {REJECTIONS} draws; the last: {entry.reason}")
-
-    def _end(self, own: str, state: str, values: list[float] | None = None, reason: str = "") -> None:
-        if own in self._live:
-            trial, entry = self._live.pop(own), self.record.entries[own]
-            for step, value in self._intermediate(entry).items():
-                trial.report(value, step)
-            self._study.tell(trial, values, TrialState[state])
-        self.record.end(own, state, values, reason)
-
-    def _intermediate(self, entry: Entry) -> dict[int, float]:
-        """The first objective by step; Optuna takes none where there are several objectives."""
-        if len(self.objectives) > 1:
-            return {}
-        found = {step: values[self.objectives[0].metric] for step, values in entry.steps.items()}
-        return {step: value for step, value in found.items() if math.isfinite(value)}
-
-    def _rebuild(self) -> optuna.Study:
-        """The Optuna study that the record stands for."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.filterwarnings("ignore", category=ExperimentalWarning)  # `group`, which conditional spaces need
-        study = optuna.create_study(directions=["minimize" if o.mode == "min" else "maximize" for o in self.objectives])
-        by_key = {dimension.key: dimension for dimension in self.space.dimensions}
-        for entry in self.record.entries.values():
-            if entry.baseline:
-                continue
-            params = {key: by_key[key].internal(value) for key, value in entry.params.items()}
-            distributions = {key: by_key[key].distribution() for key in params}
-            if entry.state == RUNNING:
-                study.enqueue_trial(params)
-                self._live[entry.trial_id] = study.ask(distributions)
-            else:
-                reported = self._intermediate(entry)
-                values = entry.values
-                if entry.state == PRUNED and reported:
-                    values = [reported[max(reported)]]  # what Optuna makes of a pruned trial that is told
-                study.add_trial(
-                    optuna.trial.create_trial(
-                        state=TrialState[entry.state],
-                        params=params,
-                        distributions=distributions,
-                        values=values,
-                        intermediate_values=reported,
-                    )
-                )
-        return study
-
-    def _sampler(self, number: int) -> BaseSampler:
-        seed = (self.seed * 1_000_003 + number) % 2**32
-        if self.config.sampler == "random":
-            return RandomSampler(seed=seed)
-        if self.config.sampler == "nsga2":
-            return NSGAIISampler(seed=seed)
-        return TPESampler(
-            n_startup_trials=self.config.startup_trials, multivariate=True, group=True, constant_liar=True, seed=seed
-        )

@@ -8,12 +8,15 @@
         {type: float, low: 0.1, high: 10, log: true, when: {model.attention.controller.kind: variance}}
       model.layers[*].share: {type: categorical, choices: [1, 8]}      # each layer its own
       model.layers[0:2].k: {type: int, low: 32, high: 64}              # both layers the same
+      model.layers[middle].local_window: {type: int, low: 0, high: 64} # a third of the layers, all the same
 
-A dimension with `when` exists only where the named dimensions, which stand before it, have one of the named values.
+A dimension with `when` exists only where the named settings, which dimensions before it set, have one of the named
+values: all of them, where the condition names several layers. With `[*]` in both keys each layer asks for its own.
 """
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import optuna
@@ -25,6 +28,8 @@ from ray_jobs.record import Params
 
 # what a trial's results are compared by, and what all trials share
 FIXED = ("name", "storage", "evaluation", "tracking", "workers")
+
+EACH = "[*]"  # in a key: one dimension a layer
 
 FIELDS = {
     "float": {"low", "high", "log", "step"},
@@ -92,7 +97,9 @@ class Space:
         self.base = base
         self.dimensions: list[Dimension] = []
         for key, given in space.items():
-            self.dimensions += self._parse(key, given)
+            new = self._parse(key, given)
+            self._refuse_twice(new)
+            self.dimensions += new
         if "model.num_layers" in space and any("[" in key for key in space):
             raise ConfigError("space", "model.num_layers", "cannot be searched together with settings of single layers")
 
@@ -133,15 +140,32 @@ class Space:
                 hint = nearest(str(name), sorted(known)) or f"; known: {', '.join(sorted(known))}"
                 raise RequestError(f"space.{key}.{name}: no such field of a {given['type']} dimension{hint}")
         self._check_values(key, given, field)
-        when = self._conditions(key, given.get("when", {}))
         values = {name: given[name] for name in known & given.keys() - {"type", "when", "choices"}}
         choices = tuple(given.get("choices", ()))
         if values:
             convert = float if given["type"] == "float" else int
             values = {name: v if name == "log" else convert(v) for name, v in values.items()}
         targets = expand(TrainConfig, self.base, key)
-        groups = [(t, (t,)) for t in targets] if "[*]" in key else [(key, tuple(targets))]
-        return [Dimension(name, group, given["type"], **values, choices=choices, when=when) for name, group in groups]
+        self._refuse_absent_layer(key, targets)
+        groups = [(t, (t,)) for t in targets] if EACH in key else [(key, tuple(targets))]
+        return [
+            Dimension(name, group, given["type"], **values, choices=choices, when=self._conditions(key, name, given))
+            for name, group in groups
+        ]
+
+    def _refuse_twice(self, new: list[Dimension]) -> None:
+        setters = {target: dimension.key for dimension in self.dimensions for target in dimension.targets}
+        for dimension in new:
+            for target in dimension.targets:
+                if target in setters:
+                    raise ConfigError("space", dimension.key, f"sets {target}, which {setters[target]} sets already")
+
+    def _refuse_absent_layer(self, key: str, targets: list[str]) -> None:
+        num_layers = self.base["model"]["num_layers"]
+        for target in targets:
+            layer = re.match(r"model\.layers\[(\d+)\]", target)
+            if layer and int(layer[1]) >= num_layers:
+                raise ConfigError("space", key, f"there is no layer {layer[1]} among the {num_layers} layers")
 
     def _check_values(self, key: str, given: dict[str, Any], field: "dataclasses.Field[Any]") -> None:
         if given["type"] == "categorical":
@@ -173,21 +197,37 @@ class Space:
         if given["type"] == "int" and not (low.is_integer() and high.is_integer()):
             raise ConfigError(f"space.{key}", [low, high], "bounds of an int dimension must be integers")
 
-    def _conditions(self, key: str, when: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    def _conditions(self, key: str, name: str, given: dict[str, Any]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+        when = given.get("when", {})
         if not isinstance(when, dict):
             raise ConfigError(f"space.{key}.when", when, "must map an earlier key of the space to its values")
-        earlier = {dimension.key: dimension for dimension in self.dimensions}
         conditions = []
         for other, values in when.items():
-            if other not in earlier:
-                hint = nearest(str(other), list(earlier))
-                raise ConfigError(f"space.{key}.when", other, f"must be a key that stands before it in the space{hint}")
             allowed = tuple(values) if isinstance(values, list) else (values,)
-            impossible = [v for v in allowed if earlier[other].choices and v not in earlier[other].choices]
-            if impossible:
-                raise ConfigError(f"space.{key}.when.{other}", impossible[0], f"is none of {earlier[other].choices}")
-            conditions.append((other, allowed))
+            for dimension in self._named(key, name, str(other)):
+                impossible = [v for v in allowed if dimension.choices and v not in dimension.choices]
+                if impossible:
+                    raise ConfigError(f"space.{key}.when.{other}", impossible[0], f"is none of {dimension.choices}")
+                conditions.append((dimension.key, allowed))
         return tuple(conditions)
+
+    def _named(self, key: str, name: str, other: str) -> list[Dimension]:
+        """The earlier dimensions that a condition `other` of the dimension `name`, written as `key`, asks for."""
+        by_key = {dimension.key: dimension for dimension in self.dimensions}
+        if other in by_key:
+            return [by_key[other]]
+        setters = {target: dimension for dimension in self.dimensions for target in dimension.targets}
+        if EACH in key and EACH in other:
+            layer = re.search(r"\[\d+\]", name)
+            assert layer is not None
+            settings = [other.replace(EACH, layer[0])]
+        else:
+            settings = expand(TrainConfig, self.base, other)
+        for setting in settings:
+            if setting not in setters:
+                hint = nearest(other, list(by_key))
+                raise ConfigError(f"space.{key}.when", other, f"must be a key that stands before it in the space{hint}")
+        return list({setters[setting].key: setters[setting] for setting in settings}.values())
 
 
 def compose(base: dict[str, Any], settings: dict[str, Any]) -> TrainConfig:

@@ -1,15 +1,23 @@
 """The folder of a run or a sweep: absolute, writable, and one driver's at a time."""
 
+import getpass
+import json
 import os
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from gsa.config import TrainConfig
 from gsa.errors import ConfigError, RequestError
+
+STALE = 60.0  # seconds after which an owner on another machine that gave no sign of life is held to be dead
 
 
 def settle(config: TrainConfig, key: str = "storage") -> None:
@@ -30,14 +38,56 @@ def settle(config: TrainConfig, key: str = "storage") -> None:
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder for this process; the kernel lets go of it when the process dies.
+    """Hold a folder for this process.
+
+    On one machine the kernel lets go of the lock when its process dies. Other machines may share the folder and not the
+    lock: for them its owner stands in a file, renewed as long as it lives, and is held to be dead `STALE` seconds after
+    that ends.
 
     Raises:
-        RequestError: another process holds it.
+        RequestError: another process holds it; it names the process and its machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ".owner.json"
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": getpass.getuser()}
     try:
         with FileLock(folder / ".lock", timeout=0):
-            yield
+            other = _owner(note)
+            if other is not None and other["host"] != owner["host"] and time.time() - note.stat().st_mtime < STALE:
+                raise RequestError(f"{what} is running already ({_words(other)}; if it is not, delete {note})")
+            note.write_text(json.dumps(owner), encoding="utf-8")
+            with _renewed(note):
+                yield
+            note.unlink(missing_ok=True)
     except Timeout:
-        raise RequestError(f"{what} is running already (it holds {folder / '.lock'})") from None
+        raise RequestError(f"{what} is running already ({_words(_owner(note))}; it holds {folder / '.lock'})") from None
+
+
+def _owner(note: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if {"host", "pid", "user"} <= found.keys() else None
+
+
+def _words(owner: dict[str, Any] | None) -> str:
+    return f"process {owner['pid']} of {owner['user']} on {owner['host']}" if owner else "by whom is not known"
+
+
+@contextmanager
+def _renewed(note: Path) -> Iterator[None]:
+    """Touch a file every now and then while the block runs."""
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(STALE / 6):
+            note.touch()
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

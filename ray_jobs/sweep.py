@@ -12,35 +12,50 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ray import tune
+import ray
 from rich.console import Console
 
-from gsa.config import TrainConfig, build, check_name, flatten, read_yaml, to_yaml
+from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, to_yaml
 from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.floors import bigram_bits_per_byte
+from gsa.evaluation.gate import check_trainable
 from gsa.settings import setting
 from gsa.tracking import OBJECTIVES, Tracking, connect, git_tags
 from gsa.training.loop import total_steps
+from ray_jobs.budget import Budget, BudgetConfig, cluster_nodes
 from ray_jobs.cluster import concurrent_runs, running
-from ray_jobs.mlflow_callback import TrialRuns
+from ray_jobs.confirm import ConfirmConfig, confirmations
+from ray_jobs.halving import Halving, SchedulerConfig
+from ray_jobs.job import TrialContext, run_key
+from ray_jobs.mlflow_writer import MlflowWriter
+from ray_jobs.objectives import DENSE as BASELINE
+from ray_jobs.objectives import TIMED, Aims, ConstraintConfig, ObjectiveConfig
 from ray_jobs.progress import SweepProgress
 from ray_jobs.record import COMPLETE, Entry, Event, Record
-from ray_jobs.report import Report, read_report
-from ray_jobs.scheduler import SchedulerConfig, make_scheduler
-from ray_jobs.searcher import ObjectiveConfig, OptunaSearcher, SearcherConfig
+from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
+from ray_jobs.reporting.page import to_html
+from ray_jobs.searcher import GsaSearcher
 from ray_jobs.space import Space
 from ray_jobs.storage import locked, settle
-from ray_jobs.trial import TrialContext, make_trainable, run_key
+from ray_jobs.studies import SearcherConfig, Studies
+from ray_jobs.trial import make_trainable
+from ray_jobs.tuning import run_trials
+from ray_jobs.warm_start import matching
 from ray_jobs.worker import release_workers
 
 logger = logging.getLogger(__name__)
+
+# what may be set anew when a sweep goes on
+EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm", "budget")
+PATIENCE = 300.0  # seconds that the end of a sweep waits for an MLflow that does not answer
 
 # the same width, depth and steps, without selection and gates
 DENSE = {"model.attention.sparse": False, "model.attention.gates.places": [], "model.layers": []}
@@ -52,13 +67,18 @@ class SweepConfig:
     train: TrainConfig = setting(TrainConfig, "the training run that each trial varies")
     space: dict[str, Any] = setting(dict, "what is searched: a setting's key to its dimension")
     objectives: list[ObjectiveConfig] = setting(lambda: [ObjectiveConfig()], "what is aimed at; the first ranks")
+    constraints: list[ConstraintConfig] = setting(list, "bounds on metrics; a trial beyond one is never the best")
     num_samples: int = setting(20, "trials", ge=1)
     max_concurrent_trials: int | None = setting(None, "trials at once; null is as many as the cluster holds", ge=1)
     max_failures: int = setting(2, "times a trial whose process died is started again, from its checkpoint", ge=0)
     dense_baseline: bool = setting(True, "also train a dense model of the same width, depth and steps")
     seed: int = setting(0, "seed of the proposals", ge=0)
     searcher: SearcherConfig = setting(SearcherConfig, "what proposes")
-    scheduler: SchedulerConfig = setting(SchedulerConfig, "what stops")
+    scheduler: SchedulerConfig = setting(SchedulerConfig, "who goes on")
+    confirm: ConfirmConfig = setting(ConfirmConfig, "repeats of the best with other seeds, after the search")
+    budget: BudgetConfig = setting(BudgetConfig, "what may be spent; null is without bound")
+    gate: bool = setting(True, "check each proposal on tiny shapes, in the driver, before it may train")
+    warm_start: str | None = setting(None, "an earlier sweep in the same store whose matching trials are learnt from")
 
     def check(self, prefix: str) -> None:
         check_name("name", self.name)
@@ -68,6 +88,12 @@ class SweepConfig:
         for metric in metrics:
             if metrics.count(metric) > 1:
                 raise ConfigError("objectives", metric, "is named twice")
+        timed = [m for m in Aims(self.objectives, self.constraints).metrics if m in TIMED]
+        if timed and self.train.evaluation.latency_length is None:
+            raise ConfigError("train.evaluation.latency_length", None, f"must be set: {timed[0]} is measured there")
+        for i, constraint in enumerate(self.constraints):
+            if constraint.relative_to == "dense" and not self.dense_baseline:
+                raise ConfigError(f"constraints[{i}].relative_to", "dense", "needs dense_baseline = true")
 
 
 def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
@@ -97,8 +123,8 @@ def run_sweep(config: SweepConfig, console: Console) -> Report:
     return Sweep(config, folder, console).run()
 
 
-def resume_sweep(name: str, storage: str, console: Console) -> Report:
-    """Continue a sweep to its end.
+def resume_sweep(name: str, storage: str, console: Console, overrides: list[str] | None = None) -> Report:
+    """Continue a sweep to its end, or beyond it with more trials or more to spend (`EXTENSIBLE`).
 
     Raises:
         As `run_sweep`; RequestError where there is no such sweep.
@@ -108,7 +134,10 @@ def resume_sweep(name: str, storage: str, console: Console) -> Report:
     if not (folder / "sweep.yaml").exists():
         known = sorted(p.parent.name for p in folder.parent.glob("*/sweep.yaml"))
         raise RequestError(f"sweep {name!r}: is not in {folder.parent}; known: {', '.join(known) or 'none'}")
-    return Sweep(build(SweepConfig, read_yaml(folder / "sweep.yaml")), folder, console).run()
+    for key, value in map(parse_override, overrides or []):
+        if key.split(".")[0] not in EXTENSIBLE:
+            raise ConfigError(key, value, f"cannot change in a sweep that has begun; {', '.join(EXTENSIBLE)} can")
+    return Sweep(build(SweepConfig, read_yaml(folder / "sweep.yaml"), overrides), folder, console).run()
 
 
 def sweep_folder(storage: str, name: str) -> Path:
@@ -122,6 +151,7 @@ class Sweep:
         self.config, self.folder, self.console = config, folder, console
         self.base = dataclasses.asdict(config.train)
         self.space = Space(config.space, self.base)
+        self.aims = Aims(config.objectives, config.constraints)
         if config.dense_baseline:
             self.space.compose(DENSE)
 
@@ -132,70 +162,90 @@ class Sweep:
         config.scheduler.refuse_short(steps)
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
+        earlier = self._earlier(tracking)
         with locked(self.folder, f"sweep {config.name!r}"), running():
             room = concurrent_runs(config.train.workers, "train.workers")
+            budget = Budget(config.budget, config.train.workers, cluster_nodes(ray.nodes()))
             self._save()
-            parent = self._start_parent(tracking, data)
+            parent = self._start_parent(tracking, data, budget)
             context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())
             record = Record(self.folder / "record.jsonl")
-            runs = TrialRuns(tracking, context)
-            runs.reconcile(record)
-            record.subscribe(runs)
-            record.subscribe(self._release)
-            if config.dense_baseline and "baseline-dense" not in record.entries:
-                record.propose(Entry("baseline-dense", {}, dict(DENSE), baseline=True))
-            concurrent = min(room, config.max_concurrent_trials or room)
-            interrupted = self._search(record, context, steps, concurrent)
-            runs.reconcile(record)
-            return self._conclude(tracking, parent, record, interrupted)
+            writer = MlflowWriter(tracking, record.path, context)
+            writer.start()
+            try:
+                record.subscribe(self._release)
+                for entry in earlier:
+                    if entry.trial_id not in record.entries:
+                        record.propose(entry)
+                if config.dense_baseline and BASELINE not in record.entries:
+                    record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
+                concurrent = min(room, config.max_concurrent_trials or room)
+                searcher = self._searcher(record, steps, budget, data)
+                self._search(searcher, record, context, steps, concurrent)
+            finally:
+                late = writer.finish(PATIENCE)
+            if searcher.interrupted:
+                tracking.finish(parent, "killed", "interrupted")
+                raise KeyboardInterrupt
+            if late:
+                again = f"gsa sweep --resume {config.name}"
+                raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
+            return self._conclude(tracking, parent, record)
 
-    def _search(self, record: Record, context: TrialContext, steps: int, concurrent: int) -> bool:
-        """Run what is left of the sweep; whether it was interrupted."""
+    def _searcher(self, record: Record, steps: int, budget: Budget, data: Prepared) -> GsaSearcher:
         config = self.config
-        scheduler = make_scheduler(config.scheduler, config.objectives[0], steps, record)
-        searcher = OptunaSearcher(
-            self.space,
-            config.objectives,
-            config.searcher,
-            config.seed,
-            config.num_samples,
+        halving = Halving(config.scheduler, steps, self.aims)
+        studies = Studies(self.space, self.aims, config.searcher, halving.rungs, config.seed, record)
+        return GsaSearcher(
+            studies,
+            halving,
             record,
+            config.num_samples,
             config.max_failures,
+            gate=self._gate(data) if config.gate else lambda _: None,
+            confirmations=lambda: confirmations(config.confirm, self.aims, record.entries, config.train.seed),
+            spent=lambda: budget.spent(record.events, record.entries.values(), time.time()),
         )
-        if not searcher.remaining:
-            return False
-        workers = config.train.workers
+
+    def _search(
+        self, searcher: GsaSearcher, record: Record, context: TrialContext, steps: int, concurrent: int
+    ) -> None:
+        """Run what is left of the sweep."""
+        if searcher.finished:
+            return
+        record.begin()
+        config, workers = self.config, self.config.train.workers
         resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
         if workers.num_workers > 1:
             # it only waits for its workers, which ask for theirs; `concurrent` keeps room for them
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
-        total = config.num_samples + config.dense_baseline
+        total = config.num_samples + config.dense_baseline + config.confirm.best * config.confirm.seeds
         progress = SweepProgress(record, config.objectives, total, steps, self.console)
         with progress.shown(), _signals(searcher):
-            # not `Tuner`, which would pickle the searcher: the record is the only memory of a sweep
-            tune.run(
-                make_trainable(context),
-                name="tune",
-                storage_path=str(self.folder),
-                search_alg=searcher,
-                scheduler=scheduler,
-                num_samples=-1,  # until the searcher has no more
-                max_concurrent_trials=concurrent,
-                resources_per_trial=resources,
-                # a trial that trains with workers of its own must end with its process: they end with it
-                reuse_actors=workers.num_workers == 1,
-                raise_on_failed_trial=False,
-                stop=_Interrupt(searcher),
-                trial_name_creator=_own_name,
-                trial_dirname_creator=_own_name,
-                verbose=0,
-            )
-        return searcher.interrupted
+            # a trial that trains with workers of its own must end with its process: they end with it
+            reuse = workers.num_workers == 1
+            run_trials(make_trainable(context), searcher, self.folder, concurrent, resources, reuse)
+        if not searcher.interrupted and (spent := searcher.spent()):
+            self.console.print(f"{spent}: the sweep ends; with more of it, --resume goes on", markup=False)
 
     def _release(self, event: Event, entry: Entry) -> None:
         """Observe the record: a trial that has ended holds no workers."""
         if event["event"] == "end":
             release_workers(self.folder / "trials" / entry.trial_id)
+
+    def _gate(self, data: Prepared) -> Callable[[TrainConfig], None]:
+        def check(config: TrainConfig) -> None:
+            check_trainable(config, data.tokenizer.vocab_size)
+
+        return check
+
+    def _earlier(self, tracking: Tracking) -> list[Entry]:
+        """Trials of an earlier sweep to learn from."""
+        if self.config.warm_start is None:
+            return []
+        found = matching(tracking, self.config.warm_start, self.space, self.aims)
+        self.console.print(found.summary(self.config.warm_start), markup=False, highlight=False, soft_wrap=True)
+        return found.entries
 
     def _refuse_namesake(self, tracking: Tracking) -> None:
         if not (self.folder / "sweep.yaml").exists() and tracking.find_run(run_key(self.config.name)) is not None:
@@ -207,50 +257,38 @@ class Sweep:
         unfinished.write_text(to_yaml(self.config), encoding="utf-8")
         unfinished.rename(self.folder / "sweep.yaml")
 
-    def _start_parent(self, tracking: Tracking, data: Prepared) -> str:
+    def _start_parent(self, tracking: Tracking, data: Prepared, budget: Budget) -> str:
         config = self.config
         objectives = json.dumps([dataclasses.asdict(o) for o in config.objectives])
-        tags = {"gsa.sweep": config.name, OBJECTIVES: objectives, **git_tags()}
+        constraints = json.dumps([dataclasses.asdict(c) for c in config.constraints])
+        tags = {"gsa.sweep": config.name, OBJECTIVES: objectives, CONSTRAINTS: constraints, **git_tags()}
+        tags[RATES] = json.dumps(budget.rates)
         parent = tracking.start_run(run_key(config.name), config.name, tags=tags)
         tracking.describe(parent, flatten(config), to_yaml(config))
-        tracking.describe_data(parent, config.train.data, data.fingerprint)
+        tracking.describe_data(parent, dataclasses.asdict(config.train.data.corpus), data.fingerprint)
         floor = bigram_bits_per_byte(data, config.train.evaluation)
         tracking.log(parent, 0, {"floor_bigram_bits_per_byte": floor})
         return parent
 
-    def _conclude(self, tracking: Tracking, parent: str, record: Record, interrupted: bool) -> Report:
-        if interrupted:
-            tracking.finish(parent, "killed", "interrupted")
-            raise KeyboardInterrupt
-        if not any(entry.state == COMPLETE and not entry.baseline for entry in record.trials()):
+    def _conclude(self, tracking: Tracking, parent: str, record: Record) -> Report:
+        if not any(entry.state == COMPLETE and entry.searched for entry in record.trials()):
             reasons = [entry.reason for entry in record.trials() if entry.reason]
             tracking.finish(parent, "failed", "no trial came to its end")
             raise RunError(
                 f"no trial came to its end; the last failed because: {reasons[-1] if reasons else 'unknown'}"
             )
         report = read_report(tracking, self.config.name)
-        best = next(trial for trial in report.trials if trial["trial_id"] == report.best)
-        tracking.log(parent, 1, {f"best_{o['metric']}": best["metrics"][o["metric"]] for o in report.objectives})
-        tracking.register(best["run_id"], self.config.name)
+        if report.best is not None:
+            best = next(trial for trial in report.trials if trial["trial_id"] == report.best)
+            tracking.log(parent, 1, {f"best_{o['metric']}": best["metrics"][o["metric"]] for o in report.objectives})
+            tracking.register(best["run_id"], self.config.name)
+        tracking.log_text(parent, to_html(report), "report.html")
         tracking.finish(parent, "finished")
         return report
 
 
-class _Interrupt(tune.Stopper):
-    """Ends the experiment once the searcher knows that it was interrupted."""
-
-    def __init__(self, searcher: OptunaSearcher) -> None:
-        self.searcher = searcher
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.searcher.interrupted
-
-
 @contextmanager
-def _signals(searcher: OptunaSearcher) -> Iterator[None]:
+def _signals(searcher: GsaSearcher) -> Iterator[None]:
     """Ctrl-C and a job's stop end the sweep in order; a second one ends it at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -266,10 +304,6 @@ def _signals(searcher: OptunaSearcher) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _own_name(trial: Any) -> str:
-    return str(trial.config["trial_id"])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Everything of a run is in `STORAGE/train/NAME`; run again, it goes on from its n
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import sys
 import threading
@@ -19,15 +20,23 @@ from types import FrameType
 from ray.train import TrainingFailedError
 from rich.console import Console
 
+from gsa import spool
 from gsa.config import TrainConfig, load_config
 from gsa.data.packing import prepare
 from gsa.errors import RunError
-from gsa.tracking import Tracking, connect, git_tags
+from gsa.tracking import connect, git_tags
 from gsa.training import checkpoint
 from gsa.training.loop import total_steps
 from ray_jobs.cluster import concurrent_runs, running
+from ray_jobs.job import Job, TrainContext
+from ray_jobs.mlflow_writer import MlflowWriter
+from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.storage import locked, settle
-from ray_jobs.worker import Job, fit, one_line, release_workers, root_cause
+from ray_jobs.worker import fit, one_line, release_workers, root_cause
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 300.0  # seconds that the end of a run waits for an MLflow that does not answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +75,31 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         newest.refuse_other(config)
         console.print(f"continuing from step {newest.step} of {steps}", highlight=False)
     tracking = connect(config.tracking, config.storage)
-    job = Job(asked, str(folder), f"train/{config.name}", config.name, tags=git_tags())
+    context = TrainContext(config.name, str(folder), git_tags())
     with locked(folder, f"run {config.name!r}"), running():
         concurrent_runs(config.workers)
-        run_id = tracking.start_run(job.run_key, job.run_name, tags=job.tags)
+        record = Record(folder / "record.jsonl")
+        entry = Entry(config.name, {}, {})
+        record.propose(entry)  # again where it goes on: MLflow is then told so
+        writer = MlflowWriter(tracking, record.path, context)
+        writer.start()
         try:
-            with _terminable(), _progress(tracking, run_id, steps, console):
-                _fit_apart(job)
-        except KeyboardInterrupt:
-            tracking.finish(run_id, "killed", "interrupted")
-            raise
+            with _terminable(), _progress(folder, steps, console):
+                _fit_apart(Job(asked, str(folder)))
+            record.end(config.name, COMPLETE)
         except (RunError, TrainingFailedError) as error:
             cause = root_cause(error)
             reason = one_line(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {one_line(cause)}"
-            tracking.finish(run_id, "failed", reason)
+            record.end(config.name, FAIL, reason=reason)
             raise RunError(reason) from error
-        tracking.finish(run_id, "finished")
-    return Finished(run_id, folder, tracking.metrics(run_id))
+        finally:
+            late = writer.finish(PATIENCE)
+            if late:
+                logger.error("%s; every metric is in %s, and the same command logs what is missing", late, folder)
+    run = tracking.find_run(context.run(entry).key)
+    if late or run is None:
+        raise RunError(f"the run is trained, but {tracking.uri} was not told all of it")
+    return Finished(str(run.info.run_id), folder, dict(run.data.metrics))
 
 
 def _fit_apart(job: Job) -> None:
@@ -124,25 +141,18 @@ def _terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(tracking: Tracking, run_id: str, total_steps: int, console: Console) -> Iterator[None]:
-    """Print what the run logs, as MLflow has it, until the block ends."""
+def _progress(folder: Path, total_steps: int, console: Console) -> Iterator[None]:
+    """Print what the run puts into its spool until the block ends."""
     done = threading.Event()
 
     def follow() -> None:
-        shown = tracking.last_step(run_id)
-        last: dict[str, float] = {}
-        while not done.is_set():
-            done.wait(1)
-            metrics = tracking.metrics(run_id)
-            step = int(metrics.get("step", 0))
-            if step > shown:
-                shown = step
-                named = ("loss", "held_out_loss", "held_out_bits_per_byte", "indexer_kl", "selected_fraction")
-                new = [name for name in named if name in metrics and metrics[name] != last.get(name)]
-                values, last = ", ".join(f"{name} {metrics[name]:.4f}" for name in new), metrics
-                speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in metrics else ""
-                line = f"{time.strftime('%H:%M:%S')} step {step}/{total_steps}: {values}{speed}"
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        offset, last = spool.size(folder), False
+        while not last:
+            last = done.wait(1)
+            rows, offset = spool.read(folder, offset)
+            for row in rows:
+                if not spool.of_system(row):
+                    _print_row(row, total_steps, console)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -151,6 +161,14 @@ def _progress(tracking: Tracking, run_id: str, total_steps: int, console: Consol
     finally:
         done.set()
         thread.join(timeout=10)
+
+
+def _print_row(row: spool.Row, total_steps: int, console: Console) -> None:
+    metrics, named = row.metrics, ("loss", "held_out_loss", "held_out_bits_per_byte", "indexer_kl", "selected_fraction")
+    values = ", ".join(f"{name} {metrics[name]:.4f}" for name in named if name in metrics)
+    speed = f", {metrics['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in metrics else ""
+    line = f"{time.strftime('%H:%M:%S')} step {row.step}/{total_steps}: {values}{speed}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

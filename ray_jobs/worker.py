@@ -1,6 +1,6 @@
 """One run, trained: in this process, or by the workers of a nested Ray Train `TorchTrainer`.
 
-The first worker alone talks to MLflow; results go on to whoever started the run.
+The first worker alone writes what MLflow is to know, to the run's spool; results go on to whoever started the run.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
-from gsa.config import TrainConfig, build, flatten, to_yaml
+from gsa.config import flatten, to_yaml
 from gsa.data.packing import prepare
 from gsa.errors import RequestError, RunError
-from gsa.tracking import Tracking, connect
-from gsa.training import checkpoint
+from gsa.spool import Spool, system_metrics
 from gsa.training.loop import Trainer
 from gsa.training.workers import Workers
+from ray_jobs.job import Job
 
 PLACEMENT_GROUP = ".placement_group"  # file in a run's folder that names what its workers hold
 
@@ -31,21 +31,6 @@ PLACEMENT_GROUP = ".placement_group"  # file in a run's folder that names what i
 LASTING = (RunError, RequestError, torch.OutOfMemoryError)
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What it takes to train one run; plain data, as it crosses processes."""
-
-    config: dict[str, Any]  # a TrainConfig
-    folder: str  # of the run's checkpoints, on storage that every worker sees
-    run_key: str  # of the run in MLflow
-    run_name: str
-    parent: str | None = None  # the sweep's run
-    tags: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def settings(self) -> TrainConfig:
-        return build(TrainConfig, dict(self.config))
 
 
 def fit(job: Job, callbacks: list[Any]) -> None:
@@ -122,7 +107,8 @@ def work(job: Job, report: Report) -> None:
     """Train this worker's share of a run, from its newest checkpoint if it has one.
 
     Args:
-        report: takes the metrics of each evaluation, `step` and `complete` among them; called by every worker.
+        report: takes the metrics of each evaluation, `step`, `complete` and `seconds` among them; called by every
+            worker.
     """
     # Ray's workers log to files of their own; one line of ours is enough there
     logging.getLogger("gsa").setLevel(logging.INFO)
@@ -130,27 +116,23 @@ def work(job: Job, report: Report) -> None:
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
     data = prepare(config.data, Path(config.storage) / "data")
     trainer = Trainer(config, data, Path(job.folder))
-    first = Workers.current().first
-    tracking: Tracking | None = None
-    run_id, logged = "", 0
-    if first:
-        tracking = connect(config.tracking, config.storage)
-        run_id = tracking.start_run(job.run_key, job.run_name, job.parent, job.tags)
-        logged = tracking.last_step(run_id)
-        tracking.describe(run_id, flatten(config), to_yaml(config))
-        tracking.describe_data(run_id, config.data, data.fingerprint)
+    spool: Spool | None = None
+    watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if Workers.current().first:
+        spool = Spool(Path(job.folder))
+        described = {"params": flatten(config), "config": to_yaml(config)}
+        spool.describe(described | {"corpus": dataclasses.asdict(config.data.corpus), "fingerprint": data.fingerprint})
+        if config.tracking.system_metrics:
+            watch = system_metrics(spool)
 
     def log(step: int, metrics: dict[str, float]) -> None:
-        complete = step == trainer.plan.total_steps
-        if tracking is not None and step > logged:
-            tracking.log(run_id, step, metrics)
-        if tracking is not None and complete:
-            tracking.upload(run_id, checkpoint.steps(trainer.folder)[-1], "checkpoint")
+        if spool is not None:
+            spool.append(step, metrics | {"training_seconds": trainer.seconds})
         if "held_out_loss" in metrics:
-            report({**metrics, "step": step, "complete": complete})
+            ends = {"complete": step == trainer.plan.total_steps, "paused": step == job.until}
+            report({**metrics, "step": step, "seconds": trainer.seconds, **ends})
 
-    watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if tracking is not None and config.tracking.system_metrics:
-        watch = tracking.system_metrics(run_id)
     with watch:
-        trainer.train(log)
+        trainer.train(log, job.until)
+    if spool is not None:
+        spool.close()

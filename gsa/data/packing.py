@@ -66,6 +66,15 @@ class Windows:
     def __len__(self) -> int:
         return max(0, len(self.tokens) - 1) // self.config.context_length
 
+    def at(self, context_length: int) -> "Windows":
+        """The same tokens in windows of another length."""
+        config = dataclasses.replace(self.config, context_length=context_length)
+        found = Windows(self.tokens, self.start, config)
+        if not len(found):
+            allowed = f"a split has only {len(self.tokens)} tokens: must be < {len(self.tokens)}"
+            raise ConfigError("training.stages.context_length", context_length, allowed)
+        return found
+
     def batch(self, windows: Iterable[int]) -> Batch:
         length = self.config.context_length
         rows = np.stack([self.tokens[i * length : (i + 1) * length + 1] for i in windows]).astype(np.int64)
@@ -103,6 +112,17 @@ class Prepared:
     held_out: Windows
     tokenizer: Tokenizer
     fingerprint: str  # of text, tokenizer, split and packing
+
+    def at(self, context_length: int | None) -> "Prepared":
+        """The same text in windows of another length; None is the same length.
+
+        Raises:
+            ConfigError: a split is too short for one of them.
+        """
+        if context_length is None:
+            return self
+        train, held_out = (split.at(context_length) for split in (self.train, self.held_out))
+        return dataclasses.replace(self, train=train, held_out=held_out)
 
 
 def prepare(config: DataConfig, cache: Path) -> Prepared:

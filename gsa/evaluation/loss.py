@@ -20,6 +20,9 @@ class EvaluationConfig:
     every: int = setting(100, "optimizer steps between evaluations; the last step is always evaluated", ge=1)
     sequences: int = setting(64, "held-out sequences, evenly spaced over the held-out text", ge=1)
     batch_size: int = setting(8, "sequences at once", ge=1)
+    latency_length: int | None = setting(
+        None, "tokens at which attention is timed where a run ends or pauses; on a CPU it is modelled; null: not", ge=1
+    )
 
 
 @torch.no_grad()

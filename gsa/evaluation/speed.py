@@ -1,6 +1,7 @@
 """How fast each layer of a trained model attends, on a text and with the selections that it makes there."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,16 +30,21 @@ def layer_rows(model: GSAForCausalLM, tokens: Tensor) -> Iterator[Row]:
 def core_inputs(model: GSAForCausalLM, tokens: Tensor) -> list[tuple[Parts, Projected, Asked]]:
     """What the core of each layer is given for tokens [B, T], in bf16 on a GPU."""
     seen: list[tuple[Parts, Projected, Asked]] = []
+    watch_cores(model, tokens, lambda _, *given: seen.append(given))
+    return seen
+
+
+def watch_cores(model: GSAForCausalLM, tokens: Tensor, see: Callable[[int, Parts, Projected, Asked], None]) -> None:
+    """Show what `core_inputs` gives to `see` with the layer's number, layer by layer: none of it need be kept."""
     layers = [module for module in model.modules() if isinstance(module, GatedSparseAttention)]
     try:
         for layer in layers:
-            layer.watch = lambda *given: seen.append(given)
+            layer.watch = functools.partial(see, layer.layer)
         with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
             model.run(tokens)
     finally:
         for layer in layers:
             layer.watch = None
-    return seen
 
 
 @torch.no_grad()

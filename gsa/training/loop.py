@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from gsa.attention.config import Stage
 from gsa.attention.statistics import Sums, add, means
 from gsa.data.packing import Prepared, Shuffled
 from gsa.errors import ConfigError, RequestError, RunError
+from gsa.evaluation.latency import measure_latency
 from gsa.evaluation.loss import evaluate
 from gsa.model import GSAForCausalLM
 from gsa.settings import setting
@@ -31,7 +33,8 @@ from gsa.training.optimizer import OptimizerConfig, clip, make_optimizer, set_le
 from gsa.training.spikes import SpikeCounter
 from gsa.training.stages import Plan, StageConfig, freeze
 from gsa.training.step import Losses, TrainingStep
-from gsa.training.workers import Workers
+from gsa.training.turns import Turns
+from gsa.training.workers import Workers, WorkersConfig
 
 if TYPE_CHECKING:
     from gsa.config import TrainConfig
@@ -112,17 +115,20 @@ class Trainer:
             raise ConfigError("training.batch_size", training.batch_size, f"{allowed}{training.micro_batch_size}")
         self.model = make_model(config, data).to(self.workers.device)
         self.plan = Plan(training.stages, has_indexer(self.model))
-        self.batches = Shuffled(data.train, config.seed)
+        lengths = {self.plan.context_length(step) for step in range(self.plan.total_steps)}
+        self.batches = {length: Shuffled(data.at(length).train, config.seed) for length in lengths}
         self.optimizer = make_optimizer(self.model, training.optimizer)
         self.spikes = SpikeCounter()
+        self.turns = Turns(Path(tempfile.gettempdir()) / "gsa-turns", _shared(config.workers, self.workers.device))
         self.step = 0
+        self.seconds = 0.0  # of training, evaluations included, in all lives of the run
         self.metrics: dict[str, float] = {}  # of the last step, empty where it was not logged
         newest = checkpoint.latest(folder)
         if newest is not None:
             self._resume(newest)
 
-    def train(self, log: Log) -> dict[str, float]:
-        """Train to the end of the last stage.
+    def train(self, log: Log, until: int | None = None) -> dict[str, float]:
+        """Train to the end of the last stage, or for `until` steps in all, which then end in an evaluation too.
 
         Args:
             log: called on every worker, with the number of finished steps and the metrics. A resumed run first repeats
@@ -134,35 +140,43 @@ class Trainer:
         Raises:
             RunError: the loss is not finite, or a checkpoint could not be written.
         """
-        training = self.config.training
+        training, last = self.config.training, min(until or self.plan.total_steps, self.plan.total_steps)
         if self.metrics:
             # the checkpoint was written, but whoever wrote it may have died before it could log
             log(self.step, self.metrics)
         stage: Stage | None = None
         seconds, tokens = 0.0, 0
         self.model.train()
-        while self.step < self.plan.total_steps:
+        while self.step < last:
+            resumed_at = time.perf_counter()
             if self.step and self.plan.stage(self.step) != self.plan.stage(self.step - 1):
                 self.spikes.new_stage()
             if self.plan.stage(self.step) != stage:
                 stage = self.plan.stage(self.step)
                 forward = self._wrap(TrainingStep(self.model, stage, training.checkpoint_activations))
+            length = self.plan.context_length(self.step)
             done = self.step + 1
-            logs = done % training.log_every == 0 or done == self.plan.total_steps
+            logs = done % training.log_every == 0 or done == last
             began = time.perf_counter()
-            metrics = self._optimize(forward, logs)
+            with self.turns.training():
+                metrics = self._optimize(forward, logs)
             seconds += time.perf_counter() - began
             self.step = done
-            tokens += training.batch_size * self.config.data.context_length
-            if done % self.config.evaluation.every == 0 or done == self.plan.total_steps:
-                # the attention that the steps so far have trained for, not the next stage's
-                metrics |= evaluate(self.model, self.data, self.config.evaluation, stage, self.workers)
+            tokens += training.batch_size * (length or self.config.data.context_length)
+            if done % self.config.evaluation.every == 0 or done == last:
+                # the attention and the length that the steps so far have trained for, not the next stage's
+                with self.turns.training(), self._autocast():
+                    metrics |= evaluate(self.model, self.data.at(length), self.config.evaluation, stage, self.workers)
                 logs = True
+            if done == last and self.config.evaluation.latency_length and self.workers.first:
+                with self.turns.alone():
+                    metrics |= measure_latency(self.model, self.data, self.config.evaluation.latency_length)
             if logs:
                 metrics["tokens_per_second"] = tokens / seconds
                 seconds, tokens = 0.0, 0
             self.metrics = metrics if logs else {}
-            if done % training.checkpoint_every == 0 or done == self.plan.total_steps:
+            self.seconds += time.perf_counter() - resumed_at
+            if done % training.checkpoint_every == 0 or done == last:
                 # before it is logged: a trial that is stopped at its last report has its last checkpoint
                 self._save()
             if logs:
@@ -181,11 +195,12 @@ class Trainer:
         training, workers = self.config.training, self.workers
         rate = set_learning_rate(self.optimizer, training.optimizer, self.step, self.plan.total_steps)
         local = training.batch_size // workers.world
-        first = self.step * training.batch_size + workers.rank * local
+        length = self.plan.context_length(self.step)
+        first = self.plan.steps_before(self.step, length) * training.batch_size + workers.rank * local
         micros = local // training.micro_batch_size
         results: list[Losses] = []
         for i in range(micros):
-            batch = self.batches.batch(first + i * training.micro_batch_size, training.micro_batch_size)
+            batch = self.batches[length].batch(first + i * training.micro_batch_size, training.micro_batch_size)
             last = i + 1 == micros
             alone = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else None
             with alone or contextlib.nullcontext(), self._autocast():
@@ -242,6 +257,7 @@ class Trainer:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "spikes": self.spikes.state_dict(),
+                "seconds": self.seconds,
                 "sequences": self.step * self.config.training.batch_size,
                 "data": self.data.fingerprint,
                 "random": torch.get_rng_state(),
@@ -267,13 +283,20 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.spikes.load_state_dict(state["spikes"])
         torch.set_rng_state(state["random"])
-        self.step, self.metrics = newest.step, dict(newest.metrics)
+        self.step, self.metrics, self.seconds = newest.step, dict(newest.metrics), state["seconds"]
         logger.info("continuing from %s", newest.folder)
 
     def _config_yaml(self) -> str:
         from gsa.config import to_yaml
 
         return to_yaml(self.config)
+
+
+def _shared(config: WorkersConfig, device: torch.device) -> torch.device:
+    """The device whose use has to be shared out in turns: a GPU of which a trial has a part. Else the CPU, which has no
+    turns."""
+    part = config.num_workers == 1 and config.gpus_per_worker % 1 > 0
+    return device if part else torch.device("cpu")
 
 
 def _mean(values: list[Tensor]) -> float:

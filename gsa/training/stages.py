@@ -20,6 +20,7 @@ STAGES: tuple[Stage, ...] = ("dense", "warmup", "sparse")
 class StageConfig:
     kind: str = setting("dense", "which attention, and what is trained", choices=STAGES)
     steps: int = setting(100, "optimizer steps", ge=0)
+    context_length: int | None = setting(None, "tokens of a sequence in this stage; null is data.context_length", ge=1)
 
 
 class Plan:
@@ -31,10 +32,12 @@ class Plan:
 
     def __init__(self, stages: list[StageConfig], has_indexer: bool) -> None:
         self._ends: list[tuple[int, Stage]] = []
+        self._lengths: list[tuple[int, int, int | None]] = []  # first step, steps, context length
         end = 0
         for stage in stages:
             if stage.kind == "warmup" and not has_indexer:
                 continue
+            self._lengths.append((end, stage.steps, stage.context_length))
             end += stage.steps
             self._ends.append((end, next(s for s in STAGES if s == stage.kind)))
         self.total_steps = end
@@ -45,6 +48,19 @@ class Plan:
             if step < end:
                 return stage
         return self._ends[-1][1]
+
+    def context_length(self, step: int) -> int | None:
+        """That of a step's stage; None is the data's own."""
+        for first, steps, length in self._lengths:
+            if step < first + steps:
+                return length
+        return self._lengths[-1][2]
+
+    def steps_before(self, step: int, context_length: int | None) -> int:
+        """How many of the steps before this one have had this context length."""
+        return sum(
+            min(max(step - first, 0), steps) for first, steps, length in self._lengths if length == context_length
+        )
 
 
 def freeze(model: GSAForCausalLM, stage: Stage) -> None:

@@ -9,7 +9,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsa.config import TrainConfig, all_keys, build, field_of, flatten, load_config, merge, read_yaml, to_yaml
+from gsa.config import (
+    TrainConfig,
+    all_keys,
+    build,
+    expand,
+    field_of,
+    flatten,
+    load_config,
+    merge,
+    read_yaml,
+    to_yaml,
+)
 from gsa.errors import ConfigError, RequestError
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +59,65 @@ def test_overrides_reach_single_and_several_layers() -> None:
     assert [layer.share for layer in layers] == [8, 8, 8, 8]
     assert [layer.k for layer in layers] == [None, 300, 300, None]
     assert layers[0].gates == ["G3"]
+
+
+def named(selector: str, num_layers: int, owner: str = "model") -> list[int]:
+    """The layers that a key names."""
+    data = {"model": {"num_layers": num_layers}}
+    keys = expand(TrainConfig, {"train": data} if owner == "train.model" else data, f"{owner}.layers[{selector}].k")
+    layers = [int(key.removeprefix(f"{owner}.layers[").removesuffix("].k")) for key in keys]
+    assert keys == [f"{owner}.layers[{i}].k" for i in layers]
+    return layers
+
+
+@given(st.integers(3, 200), st.sampled_from(["model", "train.model"]))
+def test_thirds_are_a_partition_of_the_layers_in_order(num_layers: int, owner: str) -> None:
+    first, middle, last = (named(third, num_layers, owner) for third in ("first", "middle", "last"))
+    assert first + middle + last == list(range(num_layers)) == named("*", num_layers) == named(":", num_layers)
+    assert len(first) == len(last) == num_layers // 3 >= 1
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, unique=True), st.integers(31, 40))
+def test_a_list_names_its_layers_and_slices_in_it_are_pythons(layers: list[int], num_layers: int) -> None:
+    assert named(", ".join(map(str, layers)), num_layers) == layers
+    a, b = sorted(layers[:2])
+    assert named(f"{a}:{b},{b}", num_layers) == list(range(a, b + 1))
+    assert named(f"{a - num_layers}:", num_layers) == list(range(num_layers))[a - num_layers :]
+
+
+@pytest.mark.parametrize(
+    ("selector", "words"),
+    [
+        ("firt", "did you mean 'first'"),
+        ("", "must be layers' numbers and slices"),
+        ("0,", "must be layers' numbers and slices"),
+        ("-1", "must be layers' numbers and slices"),
+        ("1.5", "must be layers' numbers and slices"),
+        ("\u00b2", "must be layers' numbers and slices"),
+        ("0:2:1", "must be layers' numbers and slices"),
+        ("0,4", "4 names none of the 4 layers"),
+        ("0,4:9", "4:9 names none of the 4 layers"),
+        ("2:2", "2:2 names none of the 4 layers"),
+        ("0,1,0", "names a layer twice"),
+        ("0:3,2", "names a layer twice"),
+    ],
+)
+def test_a_selector_that_names_no_layers_is_refused(selector: str, words: str) -> None:
+    assert words in refusal("model.num_layers=4", f"model.layers[{selector}].k=300")
+
+
+@pytest.mark.parametrize("third", ["first", "middle", "last"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_fewer_than_three_layers_have_no_thirds(third: str, num_layers: int) -> None:
+    words = f"[{third}]': names a third of the layers, and there are only {num_layers}"
+    assert words in refusal(f"model.num_layers={num_layers}", f"model.layers[{third}].k=300")
+
+
+def test_thirds_count_the_layers_of_an_included_file(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("num_layers: 7\n")
+    (tmp_path / "run.yaml").write_text("model: {include: model.yaml}\n")
+    config = load_config(tmp_path / "run.yaml", ["model.layers[first].share=2", "model.layers[last].share=4"])
+    assert [layer.share for layer in config.model.layers] == [2, 2, None, None, None, 4, 4]
 
 
 @pytest.mark.parametrize(

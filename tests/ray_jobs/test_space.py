@@ -65,6 +65,67 @@ def test_a_draw_changes_the_base_for_no_other(draw: Draw) -> None:
     assert dataclasses.asdict(space.compose({})) == before
 
 
+def layered(num_layers: int) -> dict[str, Any]:
+    return dataclasses.asdict(build(TrainConfig, {}, [f"model.num_layers={num_layers}"]))
+
+
+def test_a_third_is_one_dimension_that_sets_its_layers_alike(draw: Draw) -> None:
+    num_layers = draw.random.randint(3, 12)
+    thirds = {
+        f"model.layers[{third}].k": {"type": "int", "low": 300, "high": 900} for third in ("first", "middle", "last")
+    }
+    space = Space(thirds, layered(num_layers))
+    assert [dimension.key for dimension in space.dimensions] == list(thirds)
+    for params in draws(space, draw, 5):
+        k = [layer.k for layer in space.compose(space.settings(params)).model.layers]
+        first, middle, last = params.values()
+        third = num_layers // 3
+        assert k == [first] * third + [middle] * (num_layers - 2 * third) + [last] * third
+
+
+def test_conditions_on_several_layers_hold_where_all_of_them_do(draw: Draw) -> None:
+    share = {"type": "categorical", "choices": [1, 8]}
+    window = {"type": "int", "low": 1, "high": 64}
+    space = Space(
+        {
+            "model.layers[*].share": share,
+            "model.layers[*].k": {"type": "int", "low": 300, "high": 900, "when": {"model.layers[*].share": 1}},
+            "model.layers[first].local_window": window | {"when": {"model.layers[first].share": 8}},
+            "model.layers[last].local_window": window | {"when": {"model.layers[0:2].share": [1]}},
+            "model.layers[2,3].sink_tokens": window | {"when": {"model.layers[last].local_window": [3, *range(9, 65)]}},
+        },
+        layered(6),
+    )
+    for params in draws(space, draw, 40):
+        shares = [params[f"model.layers[{i}].share"] for i in range(6)]
+        assert [f"model.layers[{i}].k" in params for i in range(6)] == [share == 1 for share in shares]
+        assert ("model.layers[first].local_window" in params) == (shares[:2] == [8, 8])
+        assert ("model.layers[last].local_window" in params) == (shares[:2] == [1, 1])
+        last = params.get("model.layers[last].local_window", 1)
+        assert ("model.layers[2,3].sink_tokens" in params) == (last == 3 or last >= 9)
+        space.compose(space.settings(params))
+
+
+def test_two_dimensions_that_set_the_same_setting_of_a_layer_are_refused_by_name(draw: Draw) -> None:
+    def key(layers: list[int]) -> str:
+        return f"model.layers[{','.join(map(str, layers))}].local_window"
+
+    for _ in range(30):
+        num_layers = draw.random.randint(2, 9)
+        a, b = (draw.random.sample(range(num_layers), draw.random.randint(1, num_layers)) for _ in range(2))
+        common = [i for i in b if i in a]
+        if key(a) == key(b):
+            continue
+        given = {key(a): ONE_OR_TWO, key(b): ONE_OR_TWO}
+        if not common:
+            Space(given, layered(num_layers))
+            continue
+        with pytest.raises(ConfigError) as refused:
+            Space(given, layered(num_layers))
+        assert refused.value.value == key(b)
+        assert f"sets model.layers[{common[0]}].local_window, which {key(a)} sets already" in str(refused.value)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_file_draws_valid_configurations(path: Path, draw: Draw) -> None:
     config = load_sweep(path)
@@ -96,6 +157,10 @@ def test_every_sweep_file_draws_valid_configurations(path: Path, draw: Draw) -> 
         ({"seed": {"type": "int", "low": 1, "high": 2, "when": {KIND: "ratio"}}}, "stands before it"),
         ({KIND: FULL[KIND], "seed": {"type": "int", "low": 1, "high": 2, "when": {KIND: "learned"}}}, "is none of"),
         ({"model.layers[7:9].k": {"type": "int", "low": 1, "high": 2}}, "names none of the 3 layers"),
+        ({"model.layers[3].k": {"type": "int", "low": 1, "high": 2}}, "there is no layer 3 among the 3 layers"),
+        ({"model.layers[frist].k": {"type": "int", "low": 1, "high": 2}}, "did you mean 'first'"),
+        ({"model.layers[*].k": ONE_OR_TWO, "model.layers[last].k": ONE_OR_TWO}, "which model.layers[2].k sets already"),
+        ({"model.layers[*].k": ONE_OR_TWO | {"when": {"model.layers[*].share": 1}}}, "stands before it"),
         ({"model.num_layers": ONE_OR_TWO, "model.layers[*].k": ONE_OR_TWO}, "cannot be searched together"),
         ({"evaluation.sequences": {"type": "int", "low": 1, "high": 2}}, "cannot be searched"),
         ({"tracking.uri": {"type": "categorical", "choices": ["a"]}}, "cannot be searched"),

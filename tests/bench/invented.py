@@ -1,0 +1,111 @@
+"""Sweeps of invented trials on real Ray Tune: everything is real but the training."""
+
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ray import tune
+
+from gsa.config import TrainConfig, build
+from gsa.spool import Spool
+from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
+from ray_jobs.halving import Halving, SchedulerConfig
+from ray_jobs.job import TrialContext, run_key
+from ray_jobs.mlflow_writer import MlflowWriter
+from ray_jobs.objectives import Aims, ObjectiveConfig
+from ray_jobs.record import Proposal, Record
+from ray_jobs.searcher import GsaSearcher
+from ray_jobs.space import Space
+from ray_jobs.studies import SearcherConfig, Studies
+from ray_jobs.tuning import run_trials
+
+RATE = "training.optimizer.learning_rate"
+SPACE = {
+    RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+    "model.attention.controller.k": {"type": "int", "low": 64, "high": 2048, "step": 64},
+    "model.attention.gates.places": {"type": "categorical", "choices": [[], ["G1"], ["G2"], ["G1", "G2"]]},
+    "model.attention.indexer.num_heads": {"type": "categorical", "choices": [1, 2, 4]},
+}
+BASE = dataclasses.asdict(build(TrainConfig, {}))
+METRICS = [f"metric_{i}" for i in range(10)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Invented:
+    """A trial that reports `results` results, `seconds` apart, and makes its run's rows as a real one does."""
+
+    folder: Path
+    results: int = 1
+    seconds: float = 0.0
+    fault: Callable[[Proposal, int], None] | None = None
+
+    def __call__(self, proposal: Proposal) -> None:
+        spool = Spool(self.folder / "trials" / proposal["trial_id"])
+        draw = random.Random(proposal["trial_id"])
+        for step in range(max(spool.last_step, 0) + 1, self.results + 1):
+            time.sleep(self.seconds)
+            if self.fault is not None:
+                self.fault(proposal, step)
+            loss = abs(proposal["settings"][RATE] - 1e-3) + 1 / step
+            spool.append(step, {"held_out_loss": loss} | {name: draw.random() for name in METRICS})
+            self._report(step, loss)
+        self._report(self.results, abs(proposal["settings"][RATE] - 1e-3) + 1 / self.results)
+
+    def _report(self, step: int, loss: float) -> None:
+        tune.report(
+            {"step": step, "held_out_loss": loss, "seconds": step * self.seconds, "complete": step == self.results}
+        )
+
+
+class InventedSweep:
+    """One sweep, new or continued, in a folder."""
+
+    def __init__(self, folder: Path, trials: int, sampler: str = "random", tracking: Tracking | None = None) -> None:
+        self.folder = folder
+        self.tracking = tracking or connect(TrackingConfig(), folder)
+        self.parent = self.tracking.start_run(run_key("s"), "s", tags={OBJECTIVES: "[]"})
+        self.record = Record(folder / "record.jsonl")
+        aims = Aims([ObjectiveConfig()])
+        halving = Halving(SchedulerConfig("none"), 1, aims)
+        studies = Studies(Space(SPACE, BASE), aims, SearcherConfig(sampler), [], 0, self.record)
+        self.searcher = GsaSearcher(studies, halving, self.record, trials, max_failures=3)
+        self.context = TrialContext("s", BASE, str(folder), self.parent, {})
+
+    def run(self, invented: Invented, concurrent: int = 2, resources: dict[str, float] | None = None) -> str:
+        """Run it to its end; what MLflow was not told."""
+        writer = MlflowWriter(self.tracking, self.record.path, self.context)
+        writer.start()
+        try:
+            self.record.begin()
+            run_trials(invented, self.searcher, self.folder, concurrent, resources or {"CPU": 1})
+        finally:
+            late = writer.finish(600)
+        return late
+
+    def check(self, results: int, lost_ok: bool = False) -> dict[str, int]:
+        """Counts of what is in MLflow against what should be."""
+        runs = self.tracking.children(self.parent)
+        names = [run.data.tags["gsa.trial_id"] for run in runs]
+        complete = [e for e in self.record.trials() if e.state == "COMPLETE"]
+        steps = [self._steps(run.info.run_id) for run in runs if self.tracking.state(run) == "finished"]
+        wanted = list(range(1, results + 1))
+        return {
+            "trials": len(self.record.trials()),
+            "complete": len(complete),
+            "runs": len(runs),
+            "doubled runs": len(names) - len(set(names)),
+            "lost steps": sum(len(set(wanted) - set(found)) for found in steps),
+            "doubled steps": sum(len(found) - len(set(found)) for found in steps),
+        }
+
+    def _steps(self, run_id: str) -> list[int]:
+        return [m.step for m in self.tracking.client.get_metric_history(run_id, "metric_0")]
+
+
+def rss() -> float:
+    """MiB that this process has in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
