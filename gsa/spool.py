@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
-
 SYSTEM = "system/"  # how MLflow's names of a machine's use begin
 
 
@@ -86,6 +84,7 @@ class Spool:
 @contextlib.contextmanager
 def system_metrics(spool: Spool, interval: float = 2.0) -> Iterator[None]:
     """Put this machine's use in the spool every `interval` seconds while the block runs, as MLflow measures it."""
+    import torch
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

@@ -24,9 +24,9 @@ from mlflow.exceptions import MlflowException
 
 from gsa import spool
 from gsa.tracking import KEY, TOLD, Tracking
-from gsa.training import checkpoint
-from ray_jobs.job import RunInfo
+from gsa.training.steps import steps
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, apply, follow
+from ray_jobs.runs import RunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ INTERVAL = 1.0  # seconds between looks at the spools
 
 
 class Context(Protocol):
-    """Who knows how runs are called (`ray_jobs.job`)."""
+    """Who knows how runs are called (`ray_jobs.runs`)."""
 
     def run(self, entry: Entry) -> RunInfo: ...
 
@@ -135,7 +135,7 @@ class MlflowLog:
             outlet.offset = offset
             outlet.told = "running" if outlet.told == state else outlet.told  # the state is told after the rows
         if outlet.told != state:
-            if state == "finished" and (found := checkpoint.steps(outlet.info.folder)):
+            if state == "finished" and (found := steps(outlet.info.folder)):
                 self.tracking.upload(outlet.run_id, found[-1], "checkpoint")
             self.tracking.finish(outlet.run_id, state, entry.reason, outlet.offset)
             outlet.told = state

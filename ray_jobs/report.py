@@ -14,10 +14,10 @@ from gsa.errors import RequestError
 from gsa.settings import nearest
 from gsa.tracking import OBJECTIVES, REASON, Tracking
 from ray_jobs.confirm import Confirmed, indistinguishable
-from ray_jobs.job import run_key
 from ray_jobs.objectives import Aims, ConstraintConfig, ObjectiveConfig
 from ray_jobs.reporting.layers import Layer, layers_of
 from ray_jobs.reporting.study import Curve, Importances, entry_of, importances, read_space
+from ray_jobs.runs import run_key
 from ray_jobs.space import Space
 
 BITS = "held_out_bits_per_byte"

@@ -65,10 +65,10 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 def _owner(note: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        found = json.loads(note.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if {"host", "pid", "user"} <= found.keys() else None
+    return found if isinstance(found, dict) and {"host", "pid", "user"} <= found.keys() else None
 
 
 def _words(owner: dict[str, Any] | None) -> str:

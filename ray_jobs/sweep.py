@@ -34,7 +34,6 @@ from ray_jobs.budget import Budget, BudgetConfig, cluster_nodes
 from ray_jobs.cluster import concurrent_runs, running
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.halving import Halving, SchedulerConfig
-from ray_jobs.job import TrialContext, run_key
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.objectives import DENSE as BASELINE
 from ray_jobs.objectives import TIMED, Aims, ConstraintConfig, ObjectiveConfig
@@ -42,6 +41,7 @@ from ray_jobs.progress import SweepProgress
 from ray_jobs.record import COMPLETE, Entry, Event, Record
 from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
 from ray_jobs.reporting.page import to_html
+from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.searcher import GsaSearcher
 from ray_jobs.space import Space
 from ray_jobs.storage import locked, settle

@@ -28,9 +28,10 @@ from gsa.tracking import connect, git_tags
 from gsa.training import checkpoint
 from gsa.training.loop import total_steps
 from ray_jobs.cluster import concurrent_runs, running
-from ray_jobs.job import Job, TrainContext
+from ray_jobs.job import Job
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
+from ray_jobs.runs import TrainContext
 from ray_jobs.storage import locked, settle
 from ray_jobs.worker import fit, one_line, release_workers, root_cause
 

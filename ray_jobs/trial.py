@@ -8,8 +8,9 @@ from collections.abc import Callable
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from ray_jobs.job import TrialContext
+from ray_jobs.job import job_of
 from ray_jobs.record import Proposal
+from ray_jobs.runs import TrialContext
 from ray_jobs.worker import LASTING, fit, one_line, work
 
 
@@ -22,7 +23,7 @@ def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
 
     def train_trial(proposal: Proposal) -> None:
         try:
-            job = context.job(proposal)
+            job = job_of(context, proposal)
             if job.settings().workers.num_workers == 1:
                 work(job, tune.report)
             else:

@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from gsa.config import TrainConfig, assign, build, field_of, flatten, lookup
-from gsa.errors import RequestError
+from gsa.errors import ConfigError, RequestError
 from gsa.settings import nearest
 from gsa.tracking import Tracking
-from ray_jobs.job import run_key
 from ray_jobs.objectives import Aims
 from ray_jobs.record import COMPLETE, PAUSED, Entry, Params
+from ray_jobs.runs import run_key
 from ray_jobs.space import Space
 
 # what may differ between two trainings whose results are comparable
@@ -50,7 +50,7 @@ def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matchi
     if parent is None:
         hint = nearest(sweep, sorted(tracking.sweeps()))
         raise RequestError(f"warm_start = {sweep!r}: is not in {tracking.uri}{hint}")
-    config = yaml.safe_load((tracking.download(parent.info.run_id, "config.yaml")).read_text(encoding="utf-8"))
+    config = yaml.safe_load(tracking.read_text(parent.info.run_id, "config.yaml"))
     base, gone = _known(config["train"])
     found = Matching([], gone, Counter(), 0)
     for run in tracking.children(parent.info.run_id):
@@ -64,7 +64,11 @@ def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matchi
                 assign(TrainConfig, data, key, value)
             elif key not in found.gone:
                 found.gone.append(key)
-        trained = build(TrainConfig, data)
+        try:
+            trained = build(TrainConfig, data)
+        except ConfigError as error:
+            found.differing[f"{error.key}, which is no longer allowed"] += 1
+            continue
         params, reason = _params(space, trained)
         if params is None:
             found.differing[reason] += 1

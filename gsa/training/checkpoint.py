@@ -23,13 +23,13 @@ from safetensors.torch import load_model, save_model
 from gsa.data.tokenizer import Tokenizer
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.model import GSAForCausalLM
+from gsa.training.steps import PREFIX, steps
 
 if TYPE_CHECKING:
     from gsa.config import TrainConfig
     from gsa.tracking import TrackingConfig
 
 FORMAT = "gsa-checkpoint-1"
-PREFIX = "step-"
 FILES = {"model.safetensors", "state.pt", "config.yaml", "tokenizer.json"}
 
 
@@ -156,11 +156,6 @@ def save(
     for old in steps(folder)[:-keep]:
         shutil.rmtree(old)
     return target
-
-
-def steps(folder: Path) -> list[Path]:
-    """The finished checkpoints in a folder, oldest first."""
-    return sorted(folder.glob(f"{PREFIX}*"))
 
 
 def latest(folder: Path) -> Checkpoint | None:

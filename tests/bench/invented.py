@@ -13,10 +13,10 @@ from gsa.config import TrainConfig, build
 from gsa.spool import Spool
 from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
 from ray_jobs.halving import Halving, SchedulerConfig
-from ray_jobs.job import TrialContext, run_key
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.objectives import Aims, ObjectiveConfig
 from ray_jobs.record import Proposal, Record
+from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.searcher import GsaSearcher
 from ray_jobs.space import Space
 from ray_jobs.studies import SearcherConfig, Studies

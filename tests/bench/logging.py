@@ -14,9 +14,9 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 
 from gsa.spool import Spool
 from gsa.tracking import TrackingConfig, connect
-from ray_jobs.job import TrialContext, run_key
 from ray_jobs.mlflow_writer import MlflowLog
 from ray_jobs.record import COMPLETE, Entry, Record
+from ray_jobs.runs import TrialContext, run_key
 
 METRICS = 12
 

@@ -15,8 +15,8 @@ from mlflow.entities import Metric
 
 from gsa.config import TrainConfig, build
 from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
-from ray_jobs.job import run_key
 from ray_jobs.report import CONSTRAINTS, RATES
+from ray_jobs.runs import run_key
 from ray_jobs.space import Space
 from tests.draw import Draw
 
@@ -27,7 +27,7 @@ SPACE: dict[str, Any] = {
     KIND: {"type": "categorical", "choices": ["fixed", "ratio"]},
     "model.attention.controller.ratio": {"type": "float", "low": 0.05, "high": 0.5, "when": {KIND: "ratio"}},
     "model.attention.gates.places": {"type": "categorical", "choices": [[], ["G1"], ["G1", "G2"]]},
-    "model.layers[*].k": {"type": "int", "low": 16, "high": 64, "step": 16},
+    "model.layers[*].k": {"type": "int", "low": 256, "high": 1024, "step": 256},
 }
 STATES = ("finished", "finished", "finished", "stopped_early", "failed")
 STEPS = (100, 200, 300)

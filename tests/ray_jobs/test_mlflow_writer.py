@@ -11,9 +11,9 @@ from mlflow.exceptions import MlflowException
 
 from gsa.spool import Spool
 from gsa.tracking import KEY, Tracking, TrackingConfig, connect
-from ray_jobs.job import TrialContext
 from ray_jobs.mlflow_writer import STATES, MlflowLog, MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, Record
+from ray_jobs.runs import TrialContext
 from tests.draw import Draw
 
 DESCRIPTION = {

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from torch.testing import assert_close
 
 from gsa import load_checkpoint
-from gsa.training import checkpoint
+from gsa.training.steps import steps
 from tests.draw import Draw
 from tests.ray_jobs.store import Store
 from tests.text import tiny
@@ -40,7 +40,7 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 
 def wait_for_step(folder: Path, step: int) -> None:
     last = time.monotonic() + 120
-    while not any(int(p.name[5:]) >= step for p in checkpoint.steps(folder)):
+    while not any(int(p.name[5:]) >= step for p in steps(folder)):
         assert time.monotonic() < last, "no checkpoint came"
         time.sleep(0.02)
 

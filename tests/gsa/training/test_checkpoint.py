@@ -15,6 +15,7 @@ from gsa.errors import RequestError, RunError
 from gsa.model import GSAForCausalLM
 from gsa.training import checkpoint
 from gsa.training.checkpoint import Checkpoint, save
+from gsa.training.steps import steps
 from tests.draw import Draw
 
 TOKENIZER = Tokenizer.train(TokenizerConfig("byte"), [])
@@ -59,7 +60,7 @@ def test_a_model_comes_back_to_the_bit_from_a_checkpoint_and_from_a_runs_folder(
 def test_the_last_n_are_kept(model: GSAForCausalLM, tmp_path: Path) -> None:
     for step in range(1, 7):
         write(model, tmp_path, step, keep=3)
-    assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [4, 5, 6]
+    assert [int(p.name[5:]) for p in steps(tmp_path)] == [4, 5, 6]
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
     assert newest.step == 6

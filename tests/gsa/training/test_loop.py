@@ -24,11 +24,12 @@ from gsa.data.packing import prepare
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.training import checkpoint
 from gsa.training.loop import Trainer
+from gsa.training.steps import PREFIX, steps
 from tests.draw import CONTROLLERS, Draw
 from tests.text import tiny
 
 Logged = list[tuple[int, dict[str, float]]]
-UNTIMED = {"tokens_per_second"}
+UNTIMED = {"tokens_per_second"}  # and what depends on the time
 
 
 def trainer_of(data: dict[str, Any], folder: Path) -> Trainer:
@@ -150,11 +151,63 @@ def test_two_workers_equal_one_on_the_same_global_batch(draw: Draw, tmp_path: Pa
         assert_close(both["weights"], weights(alone), rtol=1e-7, atol=1e-9)
 
 
+def test_a_run_that_pauses_goes_on_to_the_same_model(draw: Draw, tmp_path: Path) -> None:
+    stages = [
+        {"kind": "dense", "steps": 4, "context_length": 12},
+        {"kind": "warmup", "steps": 3},
+        {"kind": "sparse", "steps": 5, "context_length": 40},
+    ]
+    data = tiny(tmp_path, draw.random.randrange(1000), training__stages=stages)
+    whole, logged = train(data, tmp_path / "whole")
+    pauses = sorted(draw.random.sample(range(1, 12), 3))
+    seen: dict[int, dict[str, float]] = {}
+    for until in [*pauses, None]:
+        trainer = trainer_of(data, tmp_path / "parts")
+        trainer.train(lambda step, metrics: seen.update({step: dict(metrics)}), until)
+        assert trainer.step == (until or 12)
+        assert "held_out_loss" in seen[trainer.step]
+        assert steps(tmp_path / "parts")[-1].name.endswith(f"{trainer.step:09d}")
+    assert_close(weights(trainer), weights(whole), rtol=0, atol=0)
+    for step, metrics in logged:
+        shared = {name: value for name, value in metrics.items() if name not in UNTIMED}
+        assert {name: seen[step][name] for name in shared} == shared
+    assert trainer.seconds > 0
+
+
+def test_each_stage_trains_at_its_own_context_length(draw: Draw, tmp_path: Path) -> None:
+    lengths = [12, None, 40, 12]
+    stages = [{"kind": "dense", "steps": 3, "context_length": length} for length in lengths]
+    data = tiny(tmp_path, draw.random.randrange(1000), training__stages=stages)
+    trainer = trainer_of(data, tmp_path / "run")
+    shapes: list[int] = []
+    rows: dict[int, list[tuple[int, ...]]] = {}
+    forward = trainer.model.run
+
+    def watched(tokens: Tensor, **options: Any) -> Any:
+        if trainer.model.training:
+            shapes.append(tokens.shape[1])
+            rows.setdefault(tokens.shape[1], []).extend(map(tuple, tokens.tolist()))
+        return forward(tokens, **options)
+
+    trainer.model.run = watched  # type: ignore[method-assign]
+    trainer.train(lambda step, metrics: None)
+    micros = len(shapes) // 12
+    assert shapes[::micros] == [length or 24 for length in lengths for _ in range(3)]
+    windows = len(trainer.data.at(12).train)
+    first = rows[12][: min(windows, len(rows[12]))]
+    assert len(set(first)) > len(first) * 0.8  # the second stage of that length goes on where the first one was
+
+    stages[2]["context_length"] = 100_000
+    long = tiny(tmp_path / "long", training__stages=stages)
+    with pytest.raises(ConfigError, match="context_length = 100000: a split has only"):
+        trainer_of(long, tmp_path / "long/run")
+
+
 def test_resuming_from_any_checkpoint_equals_the_uninterrupted_run(draw: Draw, tmp_path: Path) -> None:
     data = tiny(tmp_path, draw.random.randrange(1000), training__keep_checkpoints=10)
     whole, logged = train(data, tmp_path / "whole")
-    for path in checkpoint.steps(tmp_path / "whole"):
-        step = int(path.name.removeprefix(checkpoint.PREFIX))
+    for path in steps(tmp_path / "whole"):
+        step = int(path.name.removeprefix(PREFIX))
         folder = tmp_path / f"from {step}"
         folder.mkdir()
         (folder / path.name).symlink_to(path)

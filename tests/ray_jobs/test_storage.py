@@ -1,0 +1,62 @@
+"""One driver at a time: a second is refused with the name of the first, and the lock of a dead one is none."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gsa.errors import RequestError
+from ray_jobs.storage import STALE, locked
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ray_jobs.storage import locked
+with locked(Path(sys.argv[1]), "sweep 's'"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_driver_is_told_who_the_first_is_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with (
+        pytest.raises(RequestError, match=f"sweep 's' is running already .process {process.pid} of .* on") as refused,
+        locked(tmp_path, "sweep 's'"),
+    ):
+        pass
+    assert socket.gethostname() in str(refused.value)
+    process.kill()
+    process.wait()
+    with locked(tmp_path, "sweep 's'"):
+        assert json.loads((tmp_path / ".owner.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".owner.json").exists()
+
+
+def test_an_owner_on_another_machine_is_believed_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
+    note = tmp_path / ".owner.json"
+    note.write_text(json.dumps({"host": "elsewhere", "pid": 7, "user": "ada"}))
+    with (
+        pytest.raises(RequestError, match="process 7 of ada on elsewhere; if it is not, delete"),
+        locked(tmp_path, "sweep 's'"),
+    ):
+        pass
+    assert note.exists()
+    old = time.time() - STALE - 1
+    os.utime(note, (old, old))
+    with locked(tmp_path, "sweep 's'"):
+        assert json.loads(note.read_text())["host"] == socket.gethostname()
+
+
+def test_a_note_that_is_no_note_keeps_nobody_out(tmp_path: Path) -> None:
+    for content in ("", "{", "[1]", '{"host": 1}'):
+        (tmp_path / ".owner.json").write_text(content)
+        with locked(tmp_path, "sweep 's'"):
+            pass
