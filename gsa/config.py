@@ -74,7 +74,8 @@ T = TypeVar("T")
 
 def build(schema: type[T], data: dict[str, Any], overrides: list[str] | None = None) -> T:
     """Merge plain data and overrides into a settings dataclass and check it."""
-    for key, value in map(parse_override, overrides or []):
+    # those that name layers last: how many there are may be among the others
+    for key, value in sorted(map(parse_override, overrides or []), key=lambda pair: "[" in pair[0]):
         assign(schema, data, key, value)
     _check_keys(schema, data, "")
     try:

@@ -20,8 +20,10 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from gsa.config import flatten, to_yaml
 from gsa.data.packing import prepare
 from gsa.errors import RequestError, RunError
+from gsa.evaluation.dry import dry_step
 from gsa.spool import Spool, system_metrics
 from gsa.training.loop import Trainer
+from gsa.training.steps import steps
 from gsa.training.workers import Workers
 from ray_jobs.job import Job
 
@@ -115,10 +117,13 @@ def work(job: Job, report: Report) -> None:
     config = job.settings()
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
     data = prepare(config.data, Path(config.storage) / "data")
+    workers = Workers.current()
+    if workers.world == 1 and not steps(Path(job.folder)):
+        dry_step(config, data, workers.device)  # on a GPU: too little memory shows now, not in the last stage
     trainer = Trainer(config, data, Path(job.folder))
     spool: Spool | None = None
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if Workers.current().first:
+    if workers.first:
         spool = Spool(Path(job.folder))
         described = {"params": flatten(config), "config": to_yaml(config)}
         spool.describe(described | {"corpus": dataclasses.asdict(config.data.corpus), "fingerprint": data.fingerprint})

@@ -67,4 +67,5 @@ def _steps(config: TrainConfig, data: Prepared, device: torch.device) -> None:
             step(batch, measure=True).total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        evaluate(model, text, once, stage, Workers(0, 1, device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            evaluate(model, text, once, stage, Workers(0, 1, device))

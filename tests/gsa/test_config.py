@@ -49,6 +49,16 @@ def test_every_setting_has_a_meaning_and_a_default_that_holds() -> None:
         assert field_of(TrainConfig, key).metadata["doc"], key
 
 
+def test_overrides_of_layers_see_the_number_of_layers_whatever_the_order() -> None:
+    for overrides in (
+        ["model.layers[last].k=300", "model.num_layers=6"],
+        ["model.num_layers=6", "model.layers[last].k=300"],
+    ):
+        config = build(TrainConfig, {}, overrides)
+        assert [layer.k for layer in config.model.layers[-2:]] == [300, 300]
+        assert len(config.model.layers) == 6
+
+
 def test_overrides_reach_single_and_several_layers() -> None:
     config = build(
         TrainConfig,

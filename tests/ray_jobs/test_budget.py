@@ -33,7 +33,7 @@ def test_each_bound_is_named_when_it_is_reached(draw: Draw) -> None:
     hours = sum(entry.seconds for entry in entries) / 3600
     for name, spent in (("gpu_hours", hours), ("money", hours * 4)):
         for factor, reached in ((1.01, False), (0.99, True)):
-            config = BudgetConfig(**{name: spent * factor}, prices=PRICES)  # type: ignore[arg-type]
+            config = BudgetConfig(**{name: spent * factor}, prices=PRICES)
             found = Budget(config, workers, nodes).spent([], entries, 0)
             assert bool(found) == reached
             assert not found or f"budget.{name}" in found
