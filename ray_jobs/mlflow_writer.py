@@ -108,9 +108,11 @@ class MlflowLog:
                 return read
             read = True
             entry = apply(self._entries, event)
-            if entry is not None and entry.ran and entry.imported is None and entry.trial_id not in self._open:
-                if event["event"] != "propose":
-                    continue  # of a run that MLflow refuses
+            if entry is None or event["event"] != "propose" or not entry.ran or entry.imported is not None:
+                continue
+            if entry.trial_id in self._open:
+                self._open[entry.trial_id].entry = entry  # a run that no sweep started goes on
+            else:
                 self._open[entry.trial_id] = Outlet(entry, self.context.run(entry), earlier)
         return read
 

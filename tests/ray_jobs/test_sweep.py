@@ -266,10 +266,10 @@ def test_a_sweep_that_runs_is_not_started_again(draw: Draw, tmp_path: Path) -> N
 
 
 def test_trials_of_two_workers_that_are_stopped_make_room_for_the_next(draw: Draw, tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=4, dense_baseline=False)
-    scheduler = "scheduler={kind: halving, grace_period: 4, reduction_factor: 2}"
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, dense_baseline=False)
+    scheduler = "scheduler={kind: halving, grace_period: 8, reduction_factor: 2}"
     report = run(path, "train.workers.num_workers=2", "objectives=[{metric: held_out_loss}]", scheduler)
-    assert len(report.trials) == 4
+    assert len(report.trials) == 3
     assert {trial["state"] for trial in report.trials} <= {"finished", "stopped_early"}
     states = [entry.state for entry in Record(tmp_path / "runs/sweeps/small/record.jsonl").trials()]
     assert PAUSED in states
