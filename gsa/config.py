@@ -7,12 +7,15 @@
   `[first]`, `[middle]` and `[last]` name several layers' at once.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +88,48 @@ def build(schema: type[T], data: dict[str, Any], overrides: list[str] | None = N
         raise ConfigError(key, lookup(data, key), _one_line(error.msg or str(error))) from error
     check(config)
     return typing.cast(T, config)
+
+
+def replaced(config: T, settings: dict[str, Any]) -> T | None:
+    """A checked configuration with some settings replaced, in a hundredth of the time that `build` takes.
+
+    Returns:
+        What `build` would make of it; None where a value is not yet of its setting's type, or a setting has settings of
+        its own: only `build` knows then.
+
+    Raises:
+        ConfigError: as `build`.
+    """
+    changed = copy.deepcopy(config)
+    for key, value in settings.items():
+        *path, last = _parts(key)
+        owner: Any = changed
+        hint: Any = type(changed)
+        for part in path:
+            if isinstance(part, int):
+                hint = element_type(hint)
+                owner.extend(hint() for _ in range(part + 1 - len(owner)))
+                owner = owner[part]
+            else:
+                hint = _hints(type(owner)).get(part)
+                owner = getattr(owner, part, None)
+        if not isinstance(last, str) or not _is_of(value, _hints(type(owner)).get(last)):
+            return None
+        setattr(owner, last, value)
+    check(changed)
+    return changed
+
+
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of a setting's type as it stands: a scalar, or a list of them."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_is_of(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(item, typing.get_args(hint)[0]) for item in value)
+    return hint in (int, float, str, bool, types.NoneType) and type(value) is hint
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -147,30 +147,34 @@ class Tracking:
         """Log metrics of one step that no spool holds. Values that are not finite are left out."""
         self.log_rows(run_id, [Row(0, int(time.time() * 1000), step, metrics)])
 
-    def log_rows(self, run_id: str, rows: Iterable[Row]) -> None:
-        """Log many rows in few requests. What the store holds already, with its time, is not doubled."""
+    def log_rows(self, run_id: str, rows: Iterable[Row], tags: dict[str, str] | None = None) -> None:
+        """Log many rows, and tags after them, in few requests. What the store holds already, with its time, is not
+        doubled."""
         entries = []
         for row in rows:
             given = row.metrics if of_system(row) else row.metrics | {"step": float(row.step)}
             finite = {name: value for name, value in given.items() if math.isfinite(value)}
             entries += [Metric(_mlflow_name(name), value, row.time, row.step) for name, value in finite.items()]
-        for first in range(0, len(entries), METRICS_AT_ONCE):
-            self.client.log_batch(run_id, entries[first : first + METRICS_AT_ONCE])
+        added = [RunTag(key, value) for key, value in (tags or {}).items()]
+        for first in range(0, max(len(entries), 1), METRICS_AT_ONCE):
+            part, more = entries[first : first + METRICS_AT_ONCE], first + METRICS_AT_ONCE < len(entries)
+            if part or added:
+                self.client.log_batch(run_id, part, tags=[] if more else added)
 
-    def tag(self, run_id: str, tags: dict[str, str]) -> None:
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def finish(self, run_id: str, state: str, reason: str = "", told: int | None = None) -> None:
+    def finish(
+        self, run_id: str, state: str, reason: str = "", told: int | None = None, rows: Iterable[Row] = ()
+    ) -> None:
         """End a run as `finished`, `stopped_early`, `failed` or `killed`.
 
         Args:
             run_id: of the run.
             state: how it ended.
             reason: why it failed.
-            told: bytes of its spool that were logged before.
+            told: bytes of its spool that are logged then.
+            rows: the last of them, which are logged first.
         """
         tags = {STATE: state} | ({REASON: reason[:PARAM_LIMIT]} if reason else {})
-        self.tag(run_id, tags | ({TOLD: str(told)} if told is not None else {}))
+        self.log_rows(run_id, rows, tags | ({TOLD: str(told)} if told is not None else {}))
         self.client.set_terminated(run_id, STATUS[state])
 
     def upload(self, run_id: str, path: Path, place: str) -> None:

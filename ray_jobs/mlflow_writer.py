@@ -129,18 +129,18 @@ class MlflowLog:
             self.tracking.describe(outlet.run_id, description["params"], description["config"])
             self.tracking.describe_data(outlet.run_id, description["corpus"], description["fingerprint"])
             outlet.described = True
-        while True:
-            rows, offset = spool.read(outlet.info.folder, outlet.offset)
-            if not rows:
-                break
+        rows, offset = spool.read(outlet.info.folder, outlet.offset)
+        while rows:
+            following, end = spool.read(outlet.info.folder, offset)
+            if not following and state != "running":
+                break  # the last ones go with the state
             self.tracking.log_rows(outlet.run_id, rows)
-            outlet.offset = offset
-            outlet.told = "running" if outlet.told == state else outlet.told  # the state is told after the rows
-        if outlet.told != state:
+            outlet.offset, rows, offset = offset, following, end
+        if outlet.told != state or rows:
             if state == "finished" and (found := steps(outlet.info.folder)):
                 self.tracking.upload(outlet.run_id, found[-1], "checkpoint")
-            self.tracking.finish(outlet.run_id, state, entry.reason, outlet.offset)
-            outlet.told = state
+            self.tracking.finish(outlet.run_id, state, entry.reason, offset, rows)
+            outlet.told, outlet.offset = state, offset
         return outlet != before
 
     def _start(self, outlet: Outlet, state: str) -> None:
@@ -206,6 +206,7 @@ class MlflowWriter:
 
 def _work(uri: str, experiment: str, path: Path, context: Context, stop: Signal, parent: int) -> None:
     os.setsid()  # what stops the sweep's process group is meant for the sweep, which says when to stop
+    os.nice(10)  # trials and the sweep go before it
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with FileLock(path.with_name(".mlflow.lock")):
         log = MlflowLog(Tracking(uri, experiment), path, context)

@@ -14,6 +14,7 @@ A dimension with `when` exists only where the named settings, which dimensions b
 values: all of them, where the condition names several layers. With `[*]` in both keys each layer asks for its own.
 """
 
+import copy
 import dataclasses
 import json
 import re
@@ -21,7 +22,7 @@ from typing import Any
 
 import optuna
 
-from gsa.config import TrainConfig, all_keys, assign, build, element_type, expand, field_of
+from gsa.config import TrainConfig, all_keys, assign, build, element_type, expand, field_of, replaced
 from gsa.errors import ConfigError, RequestError
 from gsa.settings import check_value, nearest
 from ray_jobs.record import Params
@@ -94,7 +95,7 @@ class Space:
     def __init__(self, space: dict[str, Any], base: dict[str, Any]) -> None:
         if not space:
             raise ConfigError("space", space, "must name at least one setting to search")
-        self.base = base
+        self.base, self.config = base, build(TrainConfig, copy.deepcopy(base))
         self.dimensions: list[Dimension] = []
         for key, given in space.items():
             new = self._parse(key, given)
@@ -122,7 +123,8 @@ class Space:
         Raises:
             ConfigError: the combination is not allowed.
         """
-        return compose(self.base, settings)
+        found = replaced(self.config, settings)
+        return compose(self.base, settings) if found is None else found
 
     def _parse(self, key: str, given: Any) -> list[Dimension]:
         field = field_of(TrainConfig, key)

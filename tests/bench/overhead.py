@@ -38,6 +38,7 @@ def alone(folder: Path, trials: int, concurrent: int) -> tuple[float, list[float
     tune.run(
         nothing, config={RATE: tune.loguniform(1e-4, 1e-2)}, num_samples=trials, reuse_actors=True, verbose=0,
         storage_path=str(folder), name="alone", max_concurrent_trials=concurrent, resources_per_trial={"CPU": 1},
+        callbacks=[Clock()],
     )  # fmt: skip
     return time.perf_counter() - began, ends
 

@@ -1,8 +1,10 @@
 """Settings come from files and overrides, are found by the nearest name, and are checked before anything starts."""
 
 import contextlib
+import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from gsa.config import (
     TrainConfig,
     all_keys,
+    assign,
     build,
     expand,
     field_of,
@@ -19,9 +22,11 @@ from gsa.config import (
     load_config,
     merge,
     read_yaml,
+    replaced,
     to_yaml,
 )
 from gsa.errors import ConfigError, RequestError
+from tests.draw import Draw
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,3 +249,40 @@ def test_errors_survive_the_way_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(ConfigError("a.b", 3, "must be < 3")))  # noqa: S301 - our own bytes
     assert (error.key, error.value, error.allowed, str(error)) == ("a.b", 3, "must be < 3", "a.b = 3: must be < 3")
+
+
+def test_a_replaced_configuration_is_what_building_makes_of_it(draw: Draw) -> None:
+    """Or is left to it; and what the one refuses, the other does."""
+    base = build(TrainConfig, {"model": {"num_layers": 3}})
+    data = dataclasses.asdict(base)
+    choices: dict[str, list[Any]] = {
+        "training.optimizer.learning_rate": [1e-3, 1, "0.1", -1.0, float("nan")],
+        "model.attention.controller.kind": ["fixed", "ratio", "nothing"],
+        "model.attention.controller.k": [512, 300.0, "700", 10**6, True],
+        "model.attention.gates.places": [[], ["G1", "G2"], ["G9"], "G1"],
+        "model.layers[2].share": [1, 8, None],
+        "model.layers[0].k": [300, 1],
+        "data.corpus.files": [["a.txt"], []],
+        "training.stages": [[{"kind": "dense", "steps": 3}], [{"kind": "no"}]],
+        "model.vocab_size": [None, 300],
+    }
+    fast = 0
+    for _ in range(150):
+        settings = {key: draw.random.choice(choices[key]) for key in draw.random.sample(sorted(choices), 3)}
+        expected: Any
+        try:
+            plain = copy.deepcopy(data)
+            for key, value in settings.items():
+                assign(TrainConfig, plain, key, value)
+            expected = build(TrainConfig, plain)
+        except RequestError as error:
+            expected = str(error)
+        try:
+            found: Any = replaced(base, settings)
+        except RequestError as error:
+            found = str(error)
+        if found is not None:
+            fast += 1
+            assert found == expected, settings
+    assert fast > 20
+    assert base == build(TrainConfig, {"model": {"num_layers": 3}})
