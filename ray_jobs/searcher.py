@@ -97,11 +97,11 @@ class GsaSearcher(Searcher):
         own = self._ids.pop(trial_id)
         self._running.discard(own)
         entry = self.record.entries[own]
-        if result and (result.get("complete") or result.get("paused")):
-            pass  # it had come to its end, whatever else happened
-        elif self.interrupted or self.stopped or entry.state != RUNNING:
-            return
         result = result or {}
+        came_to_its_end = bool(result.get("complete") or result.get("paused"))
+        cut_off = (self.interrupted or self.stopped) and not came_to_its_end
+        if cut_off or entry.state != RUNNING:
+            return
         if error:
             self._failures[own] += 1
             if self._failures[own] <= self.max_failures:
