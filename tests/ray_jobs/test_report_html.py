@@ -132,9 +132,9 @@ def test_candidates_over_several_seeds_are_shown_with_whom_they_cannot_be_told_f
         assert len(one["values"]) == 4
         assert one["mean"] == pytest.approx(sum(one["values"]) / 4)
         assert f"{one['mean']:.4f}" in to_html(report)
-    with Console(width=200, record=True, file=(tmp_path / "out").open("w")) as console:
-        show(report, console)
-        assert console.export_text().count("over 4 seeds") == 2
+    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+    show(report, console)
+    assert console.export_text().count("over 4 seeds") == 2
 
 
 @pytest.mark.parametrize("sign", [1, -1])
