@@ -150,11 +150,13 @@ class Tracking:
     def log_rows(self, run_id: str, rows: Iterable[Row], tags: dict[str, str] | None = None) -> None:
         """Log many rows, and tags after them, in few requests. What the store holds already, with its time, is not
         doubled."""
-        entries = []
+        entries, last = [], None
         for row in rows:
-            given = row.metrics if of_system(row) else row.metrics | {"step": float(row.step)}
-            finite = {name: value for name, value in given.items() if math.isfinite(value)}
+            finite = {name: value for name, value in row.metrics.items() if math.isfinite(value)}
             entries += [Metric(_mlflow_name(name), value, row.time, row.step) for name, value in finite.items()]
+            last = last if of_system(row) else row
+        if last is not None:  # how far the run is; its history is that of any other metric
+            entries.append(Metric("step", float(last.step), last.time, last.step))
         added = [RunTag(key, value) for key, value in (tags or {}).items()]
         for first in range(0, max(len(entries), 1), METRICS_AT_ONCE):
             part, more = entries[first : first + METRICS_AT_ONCE], first + METRICS_AT_ONCE < len(entries)
