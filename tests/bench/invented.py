@@ -25,7 +25,12 @@ from ray_jobs.tuning import run_trials
 RATE = "training.optimizer.learning_rate"
 SPACE = {
     RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
-    "model.attention.controller.k": {"type": "int", "low": 64, "high": 2048, "step": 64},
+    "model.attention.controller.k": {
+        "type": "int",
+        "low": 256,
+        "high": 2048,
+        "step": 64,
+    },  # from k_min on: none is refused
     "model.attention.gates.places": {"type": "categorical", "choices": [[], ["G1"], ["G2"], ["G1", "G2"]]},
     "model.attention.indexer.num_heads": {"type": "categorical", "choices": [1, 2, 4]},
 }
