@@ -208,6 +208,7 @@ def _work(uri: str, experiment: str, path: Path, context: Context, stop: Signal,
     os.setsid()  # what stops the sweep's process group is meant for the sweep, which says when to stop
     os.nice(10)  # trials and the sweep go before it
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each try; one line of ours is enough
     with FileLock(path.with_name(".mlflow.lock")):
         log = MlflowLog(Tracking(uri, experiment), path, context)
         for last in _until(stop, parent):
