@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from gsa.background import every
+
 SYSTEM = "system/"  # how MLflow's names of a machine's use begin
 
 
@@ -40,7 +42,7 @@ class Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = threading.Lock()
-        self._file = _open_whole(folder / "metrics.jsonl")
+        self._file = open_whole(folder / "metrics.jsonl")
         self.count, self.last_step, self._samples = 0, -1, 0
         for row in rows(folder):
             self.count = row.sequence + 1
@@ -93,24 +95,17 @@ def system_metrics(spool: Spool, interval: float = 2.0) -> Iterator[None]:
     monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     if torch.cuda.is_available():
         monitors.append(GPUMonitor())
-    done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(interval):
-            found: dict[str, float] = {}
-            for monitor in monitors:
-                monitor.collect_metrics()
-                found |= monitor.aggregate_metrics()
-                monitor.clear_metrics()
-            spool.sample(found)
+        found: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            found |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        spool.sample(found)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with every(interval, watch):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def read(folder: Path, offset: int, limit: int = 1 << 22) -> tuple[list[Row], int]:
@@ -155,7 +150,7 @@ def description(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _open_whole(path: Path) -> BinaryIO:
+def open_whole(path: Path) -> BinaryIO:
     """Open for appending, without the last line where a crash cut it short."""
     file = path.open("r+b" if path.exists() else "w+b")
     content = file.read()

@@ -68,7 +68,10 @@ class Budget:
 
     def spent(self, events: Iterable[Event], entries: Iterable[Entry], now: float) -> str:
         """Which bound is reached, in words; nothing while none is."""
-        config, costs = self.config, [self.cost(entry) for entry in entries if entry.imported is None]
+        config = self.config
+        if config.wall_hours is None and config.gpu_hours is None and config.money is None:
+            return ""  # asked at every turn of Tune's loop
+        costs = [self.cost(entry) for entry in entries if entry.imported is None]
         found = {
             "wall_hours": wall_seconds(events, now) / 3600 if config.wall_hours else 0.0,
             "gpu_hours": sum(cost.gpu_hours for cost in costs),

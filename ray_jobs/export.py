@@ -23,8 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from gsa.errors import RequestError
 from gsa.tracking import Tracking
 from ray_jobs.report import Report
-from ray_jobs.reporting.study import directions, entry_of, read_space
-from ray_jobs.studies import optuna_trial
+from ray_jobs.reporting.study import entry_of, read_space
+from ray_jobs.studies import directions, optuna_trial
 
 OWN = {
     "trial_id": pyarrow.string(),

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gsa.config import TrainConfig, assign
-from gsa.data.packing import prepare
 from gsa.errors import RequestError
 from gsa.evaluation.layers import SHARES, layer_diagnostics
+from gsa.evaluation.report import trained
 from gsa.tracking import TrackingConfig
 from gsa.training import checkpoint
 from gsa.training.workers import Workers
@@ -136,12 +136,7 @@ def measure(source: str, tracking: TrackingConfig, storage: Path) -> tuple[Train
     Raises:
         RequestError: there is no such checkpoint, or its text is not the text it was trained on.
     """
-    source = checkpoint.named(source)
-    found = checkpoint.find(source, tracking, storage)
-    config = found.config()
-    data = prepare(config.data, storage / "data")
-    if data.fingerprint != found.state()["data"]:
-        raise RequestError(f"{source}: the text of data.corpus is not what it was when this was trained")
+    found, config, data = trained(source, tracking, storage)
     config.storage = str(storage)
     model = checkpoint.load(found).to(Workers.current().device)
     return config, layer_diagnostics(model, data, config.evaluation)

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gsa.spool import open_whole
+
 Params = dict[str, Any]
 Proposal = dict[str, Any]  # trial_id, params, settings, baseline, until: what Tune hands to a trial
 Event = dict[str, Any]
@@ -71,16 +73,10 @@ class Record:
         self.entries: dict[str, Entry] = {}
         self.events: list[Event] = []
         self._observers: list[Callable[[Event, Entry], None]] = []
-        whole = 0
-        if path.exists():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            for line in content[:whole].splitlines():
-                self._apply(json.loads(line))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(whole)
-        self._file.seek(whole)
+        self._file = open_whole(path)
+        for line in path.read_bytes().splitlines():
+            self._apply(json.loads(line))
 
     def subscribe(self, observer: Callable[[Event, Entry], None]) -> None:
         """Call `observer` with every new event of a trial and its entry, after it is on disk."""

@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gsa.background import every
 from gsa.config import TrainConfig
 from gsa.errors import ConfigError, RequestError
 
@@ -56,7 +56,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             if other is not None and other["host"] != owner["host"] and time.time() - note.stat().st_mtime < STALE:
                 raise RequestError(f"{what} is running already ({_words(other)}; if it is not, delete {note})")
             note.write_text(json.dumps(owner), encoding="utf-8")
-            with _renewed(note):
+            with every(STALE / 6, note.touch):
                 yield
             note.unlink(missing_ok=True)
     except Timeout:
@@ -73,21 +73,3 @@ def _owner(note: Path) -> dict[str, Any] | None:
 
 def _words(owner: dict[str, Any] | None) -> str:
     return f"process {owner['pid']} of {owner['user']} on {owner['host']}" if owner else "by whom is not known"
-
-
-@contextmanager
-def _renewed(note: Path) -> Iterator[None]:
-    """Touch a file every now and then while the block runs."""
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(STALE / 6):
-            note.touch()
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

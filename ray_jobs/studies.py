@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -22,12 +23,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gsa.settings import setting
-from ray_jobs.objectives import Aims, Values
+from ray_jobs.objectives import Aims, ObjectiveConfig, Values
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, Entry, Event, Params, Record, apply
 from ray_jobs.space import Space
 
 SAMPLERS = ("tpe", "random", "nsga2", "nsga3", "gp")
-DIRECTIONS = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 STUBBORN = 20  # proposals refused in a row after which they are drawn at random
 EVOLUTION = ("nsga2", "nsga3")  # whose generations are of whole trials
 
@@ -66,18 +66,17 @@ class Studies:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # `group`, which conditional spaces need
         self.space, self.aims, self.config, self.seed, self.record = space, aims, config, seed, record
-        self._by_key = {dimension.key: dimension for dimension in space.dimensions}
-        directions = [DIRECTIONS[o.mode] for o in aims.objectives]
         levels: list[int | None] = [*rungs, None]  # None: the end
-        self.studies = {level: optuna.create_study(directions=directions) for level in levels}
+        self.studies = {level: optuna.create_study(directions=directions(aims.objectives)) for level in levels}
         self._values: dict[int | None, int] = dict.fromkeys(levels, 0)  # trials with values
         self._live: dict[str, tuple[int | None, optuna.Trial]] = {}  # drawn, and not told
         self.count = 0  # proposals, those that were refused included
         self._refused = 0  # the last of them
         entries: dict[str, Entry] = {}
         for event in record.events:
-            if event["event"] != "life":
-                self._take(event, record.entries[event["trial_id"]], entries)
+            entry = apply(entries, event)
+            if entry is not None:
+                self._take(event, entry, entries)
         record.subscribe(self.observe)
 
     def draw(self) -> Entry:
@@ -102,11 +101,7 @@ class Studies:
         self._take(event, entry, self.record.entries)
 
     def _take(self, event: Event, entry: Entry, known: dict[str, Entry]) -> None:
-        """Take in an event. `known` is what the record held then: all of it, or rebuilt event by event."""
-        if known is not self.record.entries:
-            entry_then = apply(known, event)
-            assert entry_then is not None
-            entry = entry_then
+        """Take in an event. `known` is what the record held then."""
         if event["event"] == "propose":
             self._proposed(entry, known)
         elif event["event"] == "result" and entry.searched and event["step"] in self.studies:
@@ -128,7 +123,7 @@ class Studies:
         if entry.trial_id not in self._live:  # drawn in an earlier life
             level = self._level()
             study = self.studies[level]
-            params, distributions = self._optuna(entry.params)
+            params, distributions = to_optuna(self.space, entry.params)
             study.enqueue_trial(params)
             trial = study.ask(distributions)
             for name, value in entry.sampler.get("trial", {}).items():
@@ -156,7 +151,7 @@ class Studies:
                 live[1].set_constraint(name, violation)
             self._tell(entry, TrialState.COMPLETE, values)
         else:
-            params, distributions = self._optuna(entry.params)
+            params, distributions = to_optuna(self.space, entry.params)
             self.studies[level].add_trial(
                 optuna.trial.create_trial(
                     params=params, distributions=distributions, values=values, constraints=violations
@@ -188,9 +183,6 @@ class Studies:
                 return level
         return next(iter(self.studies))
 
-    def _optuna(self, params: Params) -> tuple[dict[str, Any], dict[str, optuna.distributions.BaseDistribution]]:
-        return to_optuna(self.space, params)
-
     def _sampler(self, number: int) -> BaseSampler:
         config, seed = self.config, (self.seed * 1_000_003 + number) % 2**32
         if config.sampler == "random" or self._refused > STUBBORN:
@@ -214,6 +206,10 @@ def _notes(study: optuna.Study) -> dict[str, Any]:
 def _plain(notes: dict[str, Any]) -> dict[str, Any]:
     """Those that JSON holds as they are; others are Optuna's caches of what it can find again."""
     return {name: value for name, value in notes.items() if json.loads(json.dumps(value, default=str)) == value}
+
+
+def directions(objectives: Iterable[ObjectiveConfig]) -> list[StudyDirection]:
+    return [StudyDirection.MINIMIZE if o.mode == "min" else StudyDirection.MAXIMIZE for o in objectives]
 
 
 def to_optuna(space: Space, params: Params) -> tuple[dict[str, Any], dict[str, optuna.distributions.BaseDistribution]]:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from gsa.data.packing import prepare
+from gsa.config import TrainConfig
+from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError
 from gsa.evaluation.loss import evaluate
 from gsa.evaluation.retrieval import Retrieval, retrieve
 from gsa.tracking import TrackingConfig
 from gsa.training import checkpoint
+from gsa.training.checkpoint import Checkpoint
 from gsa.training.workers import Workers
 
 
@@ -32,8 +34,8 @@ class CheckpointReport:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) -> CheckpointReport:
-    """Evaluate a checkpoint on the held-out text of its own configuration, with sparse attention.
+def trained(source: str, tracking: TrackingConfig, storage: Path) -> tuple[Checkpoint, TrainConfig, Prepared]:
+    """A checkpoint, its configuration and the text that it was trained on.
 
     Args:
         source: a folder, `runs:/<run_id>` or a run id.
@@ -48,6 +50,20 @@ def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) ->
     data = prepare(config.data, storage / "data")
     if data.fingerprint != found.state()["data"]:
         raise RequestError(f"{source}: the text of data.corpus is not what it was when this was trained")
+    return found, config, data
+
+
+def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) -> CheckpointReport:
+    """Evaluate a checkpoint on the held-out text of its own configuration, with sparse attention.
+
+    Args:
+        source: a folder, `runs:/<run_id>` or a run id.
+        tracking, storage: where runs are found, and where tokenized text is cached.
+
+    Raises:
+        RequestError: there is no such checkpoint, or its text is not the text it was trained on.
+    """
+    found, config, data = trained(source, tracking, storage)
     workers = Workers.current()
     model = checkpoint.load(found).to(workers.device)
     with torch.no_grad():

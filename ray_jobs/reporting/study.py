@@ -3,14 +3,12 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import optuna
 import yaml
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from gsa.errors import RequestError
@@ -73,10 +71,6 @@ def entry_of(trial: dict[str, Any], objectives: list[ObjectiveConfig], curve: Cu
         values=values if state == COMPLETE else None,
         reason=reason,
     )
-
-
-def directions(objectives: Iterable[ObjectiveConfig]) -> list[StudyDirection]:
-    return [StudyDirection.MINIMIZE if o.mode == "min" else StudyDirection.MAXIMIZE for o in objectives]
 
 
 def importances(entries: list[Entry], space: Space, aims: Aims) -> Importances:

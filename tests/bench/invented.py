@@ -90,7 +90,7 @@ class InventedSweep:
             late = writer.finish(600)
         return late
 
-    def check(self, results: int, lost_ok: bool = False) -> dict[str, int]:
+    def check(self, results: int) -> dict[str, int]:
         """Counts of what is in MLflow against what should be."""
         runs = self.tracking.children(self.parent)
         names = [run.data.tags["gsa.trial_id"] for run in runs]
