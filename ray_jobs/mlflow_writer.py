@@ -221,9 +221,11 @@ def _work(uri: str, experiment: str, path: Path, context: Context, stop: Signal,
 
 def _until(stop: Signal, parent: int) -> Iterator[bool]:
     """False every now and then, and once True when it is time to stop; nothing more once the parent is dead."""
-    while not stop.wait(INTERVAL):
+    due = 0.0
+    while not stop.wait(max(0.0, due - time.monotonic())):  # at once, where telling took longer than that
         if os.getppid() != parent:
             return
+        due = time.monotonic() + INTERVAL
         yield False
     yield True
 

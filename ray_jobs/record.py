@@ -1,4 +1,4 @@
-"""The record of a sweep: one line of JSON for everything that happened, in order, on disk before it counts.
+"""The record of a sweep: one line of JSON for everything that happened, in order, written before it counts.
 
 - It is the only memory of a sweep: the searcher's studies, the rungs, what is still to run, what was spent and what
   MLflow has to be told are all rebuilt from it.
@@ -28,6 +28,10 @@ from gsa.spool import open_whole
 Params = dict[str, Any]
 Proposal = dict[str, Any]  # trial_id, params, settings, baseline, until: what Tune hands to a trial
 Event = dict[str, Any]
+
+# What cannot be had again, once the trial's checkpoint is past it; with it, all that came before. Where power fails, a
+# proposal that is not on disk is drawn again, the same, and a trial whose end is not comes to it again at once.
+SYNCED = ("result",)
 
 RUNNING, PAUSED, COMPLETE, PRUNED, FAIL = "RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"
 
@@ -79,7 +83,7 @@ class Record:
             self._apply(json.loads(line))
 
     def subscribe(self, observer: Callable[[Event, Entry], None]) -> None:
-        """Call `observer` with every new event of a trial and its entry, after it is on disk."""
+        """Call `observer` with every new event of a trial and its entry, after it is written."""
         self._observers.append(observer)
 
     def begin(self) -> None:
@@ -116,8 +120,9 @@ class Record:
     def _append(self, event: Event) -> None:
         event = {"time": round(self.clock(), 3)} | event
         self._file.write(json.dumps(event).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.flush()  # no death of this process loses it from now on; that of the machine may, until it is synced
+        if event["event"] in SYNCED:
+            os.fsync(self._file.fileno())
         entry = self._apply(event)
         if entry is not None:
             for observer in self._observers:

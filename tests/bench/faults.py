@@ -22,7 +22,8 @@ from gsa.errors import RunError
 from ray_jobs.cluster import running
 from ray_jobs.record import FAIL, Proposal
 from ray_jobs.worker import LASTING, one_line
-from tests.bench.invented import Invented, InventedSweep
+from tests.bench.invented import InventedSweep
+from tests.bench.trial import Invented
 
 KINDS = ("killed", "nan", "exception", "memory", "slow")
 REASONS = {"nan": "loss is nan at step 2", "memory": "out of memory"}  # of what would fail again in the same way

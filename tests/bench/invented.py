@@ -2,27 +2,21 @@
 
 import dataclasses
 import os
-import random
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from ray import tune
-
 from gsa.config import TrainConfig, build
-from gsa.spool import Spool
 from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.objectives import Aims, ObjectiveConfig
-from ray_jobs.record import Proposal, Record
+from ray_jobs.record import Record
 from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.searcher import GsaSearcher
 from ray_jobs.space import Space
 from ray_jobs.studies import SearcherConfig, Studies
 from ray_jobs.tuning import run_trials
+from tests.bench.trial import RATE, Invented
 
-RATE = "training.optimizer.learning_rate"
 SPACE = {
     RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
     "model.attention.controller.k": {
@@ -35,34 +29,6 @@ SPACE = {
     "model.attention.indexer.num_heads": {"type": "categorical", "choices": [1, 2, 4]},
 }
 BASE = dataclasses.asdict(build(TrainConfig, {}))
-METRICS = [f"metric_{i}" for i in range(10)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Invented:
-    """A trial that reports `results` results, `seconds` apart, and makes its run's rows as a real one does."""
-
-    folder: Path
-    results: int = 1
-    seconds: float = 0.0
-    fault: Callable[[Proposal, int], None] | None = None
-
-    def __call__(self, proposal: Proposal) -> None:
-        spool = Spool(self.folder / "trials" / proposal["trial_id"])
-        draw = random.Random(proposal["trial_id"])
-        for step in range(max(spool.last_step, 0) + 1, self.results + 1):
-            time.sleep(self.seconds)
-            if self.fault is not None:
-                self.fault(proposal, step)
-            loss = abs(proposal["settings"][RATE] - 1e-3) + 1 / step
-            spool.append(step, {"held_out_loss": loss} | {name: draw.random() for name in METRICS})
-            self._report(step, loss)
-        self._report(self.results, abs(proposal["settings"][RATE] - 1e-3) + 1 / self.results)
-
-    def _report(self, step: int, loss: float) -> None:
-        tune.report(
-            {"step": step, "held_out_loss": loss, "seconds": step * self.seconds, "complete": step == self.results}
-        )
 
 
 class InventedSweep:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from gsa.tracking import TrackingConfig, connect
 from ray_jobs.cluster import running
-from tests.bench.invented import Invented, InventedSweep
+from tests.bench.invented import InventedSweep
+from tests.bench.trial import Invented
 
 TRIALS, RESULTS, EVERY = 40, 20, 0.3
 

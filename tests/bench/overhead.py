@@ -17,18 +17,21 @@ from typing import Any
 from ray import tune
 
 from ray_jobs.cluster import running
-from tests.bench.invented import RATE, Invented, InventedSweep, rss
+from tests.bench.invented import InventedSweep, rss
+from tests.bench.trial import RATE, Invented
 
 WINDOW = 200  # trials over which a time per trial is taken
 
 
-def alone(folder: Path, trials: int, concurrent: int) -> tuple[float, list[float]]:
-    """Seconds of Tune with nothing of ours, and when each trial ended."""
+def alone(folder: Path, trials: int, concurrent: int) -> tuple[float, list[float], list[float]]:
+    """Seconds of Tune with nothing of ours; when each trial ended, and what this process had in memory then."""
     ends: list[float] = []
+    memory: list[float] = []
 
     class Clock(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             ends.append(time.perf_counter())
+            memory.append(rss())
 
     def nothing(config: dict[str, Any]) -> None:
         for step in (1, 1):  # as many reports as ours
@@ -40,7 +43,7 @@ def alone(folder: Path, trials: int, concurrent: int) -> tuple[float, list[float
         storage_path=str(folder), name="alone", max_concurrent_trials=concurrent, resources_per_trial={"CPU": 1},
         callbacks=[Clock()],
     )  # fmt: skip
-    return time.perf_counter() - began, ends
+    return time.perf_counter() - began, ends, memory
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, running():
         path = Path(folder)
-        stock, ends = alone(path, asked.trials, asked.concurrent)
+        stock, ends, stock_memory = alone(path, asked.trials, asked.concurrent)
         print(
             f"Tune alone: {asked.trials} trials in {stock:.1f} s, {1e3 * stock / asked.trials:.1f} ms a trial",
             flush=True,
@@ -80,15 +83,22 @@ def main() -> None:
                 f"trials up to {trial}: ours {1e3 * own:.1f}, alone {1e3 * other:.1f} ms a trial, "
                 f"{1e3 * (own - other):+.1f}"
             )
-        half = len(memory) // 2
-        growth = (memory[-1] - memory[half]) / max(len(memory) - half, 1) * 1024
-        print(f"the driver's memory grew by {growth:.1f} KiB a trial over the second half")
+        print(
+            f"the driver's memory grew by {_growth(memory):.1f} KiB a trial over the second half, "
+            f"Tune's alone by {_growth(stock_memory):.1f}"
+        )
         print(sweep.check(1))
 
 
 def _steps(times: list[float], trial: int) -> list[float]:
     part = times[trial - WINDOW : trial]
     return [b - a for a, b in zip(part, part[1:], strict=False)] or [math.nan]
+
+
+def _growth(memory: list[float]) -> float:
+    """KiB a trial over the second half."""
+    half = len(memory) // 2
+    return (memory[-1] - memory[half]) / max(len(memory) - half, 1) * 1024
 
 
 if __name__ == "__main__":

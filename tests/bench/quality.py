@@ -7,10 +7,12 @@ the recorded trial that is nearest to it, each only once; its loss by step is re
 cost of `--budget` whole trials, a search's regret is the loss of what it holds for the best (the best of those that it
 trained to the end) over the best in the table.
 
-All three run one trial at a time. ASHA stops trials as Tune's does, with the same rungs as ours promotes from.
+All run one trial at a time, with the defaults of their settings; stock also with ours (grace period and factor), as its
+own are for results of any unit. A rung is where the table has a result next, for both.
 """
 
 import argparse
+import functools
 import gzip
 import json
 import math
@@ -39,7 +41,7 @@ from tests.bench.record import base
 
 HERE = Path(__file__).parent
 LOSS = "held_out_bits_per_byte"
-STEPS, GRACE, FACTOR = 150, 15, 3
+STEPS = 150
 SPACE = read_yaml(HERE.parents[1] / "configs/sweep/quickstart.yaml")["space"]
 
 
@@ -84,7 +86,8 @@ def ours(table: Table, seed: int, budget: int, sampler: str = "tpe") -> float:
     """Regret of the searcher as the service has it."""
     with tempfile.TemporaryDirectory() as folder:
         record, aims = Record(Path(folder) / "record.jsonl"), Aims([ObjectiveConfig(LOSS)])
-        halving = Halving(SchedulerConfig("halving", GRACE, FACTOR), STEPS, aims)
+        halving = Halving(SchedulerConfig(), STEPS, aims)
+        halving.rungs = [min(step for step in table.curves[0] if step >= rung) for rung in halving.rungs]
         studies = Studies(table.space, aims, SearcherConfig(sampler), halving.rungs, seed, record)
         searcher = GsaSearcher(studies, halving, record, 10**6)
         place: dict[str, int] = {}
@@ -115,14 +118,12 @@ def random_search(table: Table, seed: int, budget: int) -> float:
     return float(min(_final(table, table.space.sample(study.ask())) for _ in range(budget)) - table.best)
 
 
-def stock(table: Table, seed: int, budget: int) -> float:
-    """Regret of `OptunaSearch` and ASHA, called as Tune calls them."""
+def stock(table: Table, seed: int, budget: int, **settings: Any) -> float:
+    """Regret of `OptunaSearch` and ASHA, called as Tune calls them, with some settings of ASHA."""
     search = OptunaSearch(table.space.sample, metric=LOSS, mode="min", sampler=optuna.samplers.TPESampler(seed=seed))
     # `sample` returns what the trial is to have; OptunaSearch wants constants, or nothing, from a function
     search._space = lambda trial: {k: v for k, v in table.space.sample(trial).items() if k not in trial.params}
-    scheduler = AsyncHyperBandScheduler(
-        time_attr="step", metric=LOSS, mode="min", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR
-    )
+    scheduler = AsyncHyperBandScheduler(time_attr="step", metric=LOSS, mode="min", max_t=STEPS, **settings)
     spent, best = 0, math.inf
     for number in range(10**6):
         name = str(number)
@@ -162,6 +163,9 @@ def searches() -> Iterator[tuple[str, Any]]:
     yield "ours", ours
     yield "random search", random_search
     yield "OptunaSearch + ASHA", stock
+    own = SchedulerConfig()
+    like_ours = functools.partial(stock, grace_period=own.grace_period, reduction_factor=own.reduction_factor)
+    yield "the same, our rungs", like_ours
 
 
 def main() -> None:
