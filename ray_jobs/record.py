@@ -29,10 +29,6 @@ Params = dict[str, Any]
 Proposal = dict[str, Any]  # trial_id, params, settings, baseline, until: what Tune hands to a trial
 Event = dict[str, Any]
 
-# What cannot be had again, once the trial's checkpoint is past it; with it, all that came before. Where power fails, a
-# proposal that is not on disk is drawn again, the same, and a trial whose end is not comes to it again at once.
-SYNCED = ("result",)
-
 RUNNING, PAUSED, COMPLETE, PRUNED, FAIL = "RUNNING", "PAUSED", "COMPLETE", "PRUNED", "FAIL"
 
 
@@ -99,7 +95,7 @@ class Record:
         known = self.entries[trial_id].steps
         if step not in known:
             event = {"event": "result", "trial_id": trial_id, "sequence": len(known), "step": step}
-            self._append(event | {"values": values, "seconds": seconds})
+            self._append(event | {"values": values, "seconds": seconds}, synced=True)
 
     def pause(self, trial_id: str) -> None:
         """A trial has come to its rung."""
@@ -117,11 +113,17 @@ class Record:
         """The trials that ran, baselines among them."""
         return [entry for entry in self.entries.values() if entry.ran]
 
-    def _append(self, event: Event) -> None:
+    def _append(self, event: Event, synced: bool = False) -> None:
+        """Write an event: no death of this process loses it.
+
+        A result is synced too, and all before it: where the machine loses power it cannot be had again, once the
+        trial's checkpoint is past it. A lost proposal is drawn again, the same; a trial that has lost its end comes to
+        it again at once.
+        """
         event = {"time": round(self.clock(), 3)} | event
         self._file.write(json.dumps(event).encode() + b"\n")
-        self._file.flush()  # no death of this process loses it from now on; that of the machine may, until it is synced
-        if event["event"] in SYNCED:
+        self._file.flush()
+        if synced:
             os.fsync(self._file.fileno())
         entry = self._apply(event)
         if entry is not None:

@@ -222,9 +222,7 @@ class Sweep:
         total = config.num_samples + config.dense_baseline + config.confirm.best * config.confirm.seeds
         progress = SweepProgress(record, config.objectives, total, steps, self.console)
         with progress.shown(), _signals(searcher):
-            # a trial that trains with workers of its own must end with its process: they end with it
-            reuse = workers.num_workers == 1
-            run_trials(make_trainable(context), searcher, self.folder, concurrent, resources, reuse)
+            run_trials(make_trainable(context), searcher, self.folder, concurrent, resources)
         if not searcher.interrupted and (spent := searcher.spent()):
             self.console.print(f"{spent}: the sweep ends; with more of it, --resume goes on", markup=False)
 
