@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gsa.data.packing import DataConfig
-from gsa.errors import ConfigError, RequestError
+from gsa.errors import ConfigError, RequestError, one_line
 from gsa.evaluation.loss import EvaluationConfig
 from gsa.model import ModelConfig
 from gsa.settings import check, join, nearest, setting
@@ -85,7 +85,7 @@ def build(schema: type[T], data: dict[str, Any], overrides: list[str] | None = N
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), data))
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
-        raise ConfigError(key, lookup(data, key), _one_line(error.msg or str(error))) from error
+        raise ConfigError(key, lookup(data, key), one_line(error.msg or error)) from error
     check(config)
     return typing.cast(T, config)
 
@@ -139,7 +139,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(key, value, f"is not a YAML value ({_one_line(str(error))})") from error
+        raise ConfigError(key, value, f"is not a YAML value ({one_line(error)})") from error
 
 
 def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{_shown(path)}: cannot be read as text ({error})") from error
     except yaml.YAMLError as error:
-        raise RequestError(f"{_shown(path)}: is not YAML ({_one_line(str(error))})") from error
+        raise RequestError(f"{_shown(path)}: is not YAML ({one_line(error)})") from error
     if not isinstance(data, dict):
         raise RequestError(f"{_shown(path)}: must hold a mapping of settings, not {type(data).__name__}")
     return typing.cast(dict[str, Any], _resolve_includes(data, path, (*_including, path)))
@@ -369,7 +369,3 @@ def _index(text: str) -> int | None:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

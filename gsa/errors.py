@@ -28,3 +28,8 @@ class ConfigError(RequestError):
 
 class RunError(RuntimeError):
     """A run that had started could not go on. The command line exits with 1."""
+
+
+def one_line(said: object) -> str:
+    """What an error, or its message, says on one line; an error's type where it says nothing."""
+    return " ".join(str(said).split()) or type(said).__name__

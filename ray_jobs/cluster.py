@@ -3,14 +3,20 @@
 import logging
 import math
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 import ray._private.state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gsa.errors import ConfigError
+from gsa.errors import ConfigError, one_line
 from gsa.training.workers import WorkersConfig
+
+logger = logging.getLogger(__name__)
+
+PROBE = 30  # seconds that a node has to say what its GPUs are
 
 
 @contextmanager
@@ -45,6 +51,32 @@ def running() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def worker_memory(workers: WorkersConfig) -> int | None:
+    """Bytes of GPU memory for one worker: its share of the smallest GPU that is there now.
+
+    `None` where workers have no GPU, where none is there yet, or where its driver does not tell.
+    """
+    share = workers.gpus_per_worker
+    there = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0)]
+    if not share or not there:
+        return None
+    ask = ray.remote(num_cpus=0, max_calls=1)(_gpu_bytes)
+    nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in there]
+    try:
+        found = ray.get([ask.options(scheduling_strategy=node).remote() for node in nodes], timeout=PROBE)
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError) as error:
+        logger.warning("the memory of the GPUs is not known, a step will show whether trials fit (%s)", one_line(error))
+        return None
+    return int(min(found) * min(share, 1.0))
+
+
+def _gpu_bytes() -> int:
+    """Bytes of the smallest GPU of this machine, whoever uses it."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROBE).stdout
+    return min(int(line) for line in told.splitlines()) * 2**20
 
 
 def concurrent_runs(workers: WorkersConfig, key: str = "workers") -> int:

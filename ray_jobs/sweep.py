@@ -31,7 +31,7 @@ from gsa.settings import setting
 from gsa.tracking import OBJECTIVES, Tracking, connect, git_tags
 from gsa.training.loop import total_steps
 from ray_jobs.budget import Budget, BudgetConfig, cluster_nodes
-from ray_jobs.cluster import concurrent_runs, running
+from ray_jobs.cluster import concurrent_runs, running, worker_memory
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
@@ -232,8 +232,10 @@ class Sweep:
             release_workers(self.folder / "trials" / entry.trial_id)
 
     def _gate(self, data: Prepared) -> Callable[[TrainConfig], None]:
+        memory = worker_memory(self.config.train.workers)
+
         def check(config: TrainConfig) -> None:
-            check_trainable(config, data.tokenizer.vocab_size)
+            check_trainable(config, data.tokenizer.vocab_size, memory_bytes=memory)
 
         return check
 

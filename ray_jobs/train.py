@@ -23,7 +23,7 @@ from rich.console import Console
 from gsa import spool
 from gsa.config import TrainConfig, load_config
 from gsa.data.packing import prepare
-from gsa.errors import RunError
+from gsa.errors import RunError, one_line
 from gsa.tracking import connect, git_tags
 from gsa.training import checkpoint
 from gsa.training.loop import total_steps
@@ -33,7 +33,7 @@ from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.runs import TrainContext
 from ray_jobs.storage import locked, settle
-from ray_jobs.worker import fit, one_line, release_workers, root_cause
+from ray_jobs.worker import fit, release_workers, root_cause
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from gsa.errors import one_line
 from ray_jobs.job import job_of
 from ray_jobs.record import Proposal
 from ray_jobs.runs import TrialContext
-from ray_jobs.worker import LASTING, fit, one_line, work
+from ray_jobs.worker import LASTING, fit, work
 
 
 def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:

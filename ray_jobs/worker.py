@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from gsa.config import flatten, to_yaml
 from gsa.data.packing import prepare
-from gsa.errors import RequestError, RunError
+from gsa.errors import RequestError, RunError, one_line
 from gsa.evaluation.dry import dry_step
 from gsa.spool import Spool, system_metrics
 from gsa.training.loop import Trainer
@@ -86,10 +86,6 @@ def root_cause(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values())) if failures else getattr(error, "cause", None) or error.__cause__
     return root_cause(inner) if isinstance(inner, BaseException) else error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from ray import tune
 
-from gsa.errors import RunError
+from gsa.errors import RunError, one_line
 from ray_jobs.cluster import running
 from ray_jobs.record import FAIL, Proposal
-from ray_jobs.worker import LASTING, one_line
+from ray_jobs.worker import LASTING
 from tests.bench.invented import InventedSweep
 from tests.bench.trial import Invented
 
