@@ -22,8 +22,9 @@ def pack(mask: Tensor) -> Tensor:
     return (packed - ((packed >> 31) << 32)).to(torch.int32)  # the top bit is int32's sign
 
 
-def unpack(words: Tensor, length: int) -> Tensor:
-    """The selection [B, T, S] of booleans, T = `length`."""
+def unpack(words: Tensor, length: int, first: int = 0) -> Tensor:
+    """The selection [B, T, S] of booleans of T = `length` queries, from `first` on."""
+    begin, end = first // WORD, -(-(first + length) // WORD)
     shifts = torch.arange(WORD, device=words.device, dtype=torch.int32)[:, None]
-    bits = (words[:, :, None] >> shifts) & 1
-    return bits.flatten(1, 2)[:, :length].bool()
+    bits = (words[:, begin:end, None] >> shifts) & 1
+    return bits.flatten(1, 2)[:, first - begin * WORD :][:, :length].bool()

@@ -192,12 +192,12 @@ def _controller_loss(parts: Parts, tokens: Projected, sparse: bool) -> Tensor | 
 def _measure(parts: Parts, tokens: Projected, words: Tensor) -> Sums:
     """Diagnosis compares with dense attention, which is made in PyTorch, chunk by chunk."""
     keys = tokens.k.repeat_interleave(tokens.q.shape[2] // tokens.k.shape[2], 2).transpose(1, 2)
-    selected = unpack(words, tokens.q.shape[1])
     sums: Sums = {}
     for rows in _chunks(parts, tokens):
         queries = Queries(tokens.positions[rows], tokens.own_starts[:, rows])
         seen = queries.visible(keys.shape[2])
-        add(sums, selection_sums(tokens.q[:, rows].transpose(1, 2), keys, queries, seen, selected[:, rows]))
+        selected = unpack(words, rows.stop - rows.start, rows.start)
+        add(sums, selection_sums(tokens.q[:, rows].transpose(1, 2), keys, queries, seen, selected))
     return sums
 
 

@@ -218,6 +218,15 @@ def test_visible_words_are_causal_and_stay_in_their_document(draw: Draw) -> None
     assert torch.equal(unpack(pack(expected), 70), expected)
 
 
+def test_some_rows_of_words_are_those_of_the_whole_selection(draw: Draw) -> None:
+    length = draw.random.randint(1, 200)
+    mask = torch.rand(2, length, 9, generator=draw.generator) < 0.5
+    for _ in range(20):
+        first = draw.random.randrange(length)
+        count = draw.random.randint(0, length - first)
+        assert torch.equal(unpack(pack(mask), count, first), mask[:, first : first + count])
+
+
 def test_fixed_point_gradients_do_not_depend_on_order(draw: Draw) -> None:
     inputs = attention(draw, 2, 70, 70)
     found = []
