@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import ray
 import ray._private.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gsa.errors import ConfigError, one_line
+from gsa.errors import ConfigError, RequestError, one_line
 from gsa.training.workers import WorkersConfig
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ def running() -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names (a submitted job has it set), or start one on this machine.
 
     What this starts, it stops.
+
+    Raises:
+        RequestError: no cluster answers at that address.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 18 s become 10 for a nested trainer's start
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -36,8 +40,15 @@ def running() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _refuse_unreachable(address)
+        # a head that dies right now: Ray's own twenty tries take twelve minutes
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "2")
+        try:
+            ray.init(logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise RequestError(f"RAY_ADDRESS = {address!r}: no cluster to join ({one_line(error)})") from error
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # nothing large goes through the object store: text is memory-mapped, checkpoints are files
@@ -51,6 +62,18 @@ def running() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself tries for minutes before it says so."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto` and `local`, which Ray looks into by itself
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            pass
+    except OSError as error:
+        raise RequestError(f"RAY_ADDRESS = {address!r}: no Ray head answers there ({one_line(error)})") from error
 
 
 def worker_memory(workers: WorkersConfig) -> int | None:

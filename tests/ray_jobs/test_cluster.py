@@ -1,12 +1,13 @@
 """What a cluster's GPUs hold is asked of their nodes, and what would not fit is refused before it runs."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
-from gsa.errors import RunError
+from gsa.errors import RequestError, RunError
 from gsa.training.workers import WorkersConfig
 from ray_jobs.cluster import running, worker_memory
 from ray_jobs.sweep import load_sweep, run_sweep
@@ -48,3 +49,11 @@ def test_without_a_tool_that_tells_nothing_is_refused(tmp_path: Path, monkeypatc
             assert worker_memory(WorkersConfig(gpus_per_worker=1.0)) is None
     finally:
         ray.shutdown()
+
+
+def test_an_address_where_no_head_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(RequestError, match=r"RAY_ADDRESS = '127\.0\.0\.1:\d+': no Ray head answers"), running():
+            pass
