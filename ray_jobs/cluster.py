@@ -48,7 +48,8 @@ def running() -> Iterator[None]:
         try:
             ray.init(logging_level=logging.WARNING)
         except ConnectionError as error:
-            raise RequestError(f"RAY_ADDRESS = {address!r}: no cluster to join ({one_line(error)})") from error
+            hint = "where it asks for a token, set RAY_AUTH_MODE=token"
+            raise RequestError(f"RAY_ADDRESS = {address!r}: no cluster to join ({one_line(error)}); {hint}") from error
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # nothing large goes through the object store: text is memory-mapped, checkpoints are files

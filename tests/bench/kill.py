@@ -26,6 +26,7 @@ from tests.ray_jobs.store import Store
 from tests.text import tiny
 
 PORT = 6391  # of a cluster's head
+PAUSES = {"driver": (2, 16), "worker": (0.2, 2), "head": (8, 30)}  # seconds before a kill, from the driver's start
 STAGES = [{"kind": "dense", "steps": 4}, {"kind": "warmup", "steps": 2}, {"kind": "sparse", "steps": 6}]
 
 
@@ -68,7 +69,7 @@ class Cluster:
                     break
                 time.sleep(0.5)
             time.sleep(3)  # its raylet joins
-        return os.environ | {"RAY_ADDRESS": f"127.0.0.1:{PORT}"}
+        return os.environ | {"RAY_ADDRESS": f"127.0.0.1:{PORT}", "RAY_AUTH_MODE": "token"}
 
     def kill(self, driver: "subprocess.Popen[bytes]", draw: random.Random) -> bool:
         """Kill what is to be killed with SIGKILL, and whatever cannot live on without it; whether it was there."""
@@ -123,7 +124,7 @@ def main() -> None:
             if process is None or process.poll() is not None or asked.what != "worker":
                 environment = cluster.environment()
                 process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-            time.sleep(draw.uniform(0.2, 2) if asked.what == "worker" else draw.uniform(2, 16))
+            time.sleep(draw.uniform(*PAUSES[asked.what]))
             there = cluster.kill(process, draw)
             if asked.what == "worker" and not there and process.poll() is None:
                 continue  # none trains right now
@@ -136,6 +137,8 @@ def main() -> None:
         environment = cluster.environment()
         ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         cluster.stop()
+        if ended.returncode:
+            print(ended.stderr)
         record = Record(folder / "runs/sweeps/small/record.jsonl")
         steps = {e.trial_id: [4, 8, 10] if e.baseline else [4, 8, 12] for e in record.trials()}
         store = Store(folder / "runs")
