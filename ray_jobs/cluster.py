@@ -67,11 +67,12 @@ def running() -> Iterator[None]:
 
 def _refuse_unreachable(address: str) -> None:
     """Ray itself tries for minutes before it says so."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # `auto` and `local`, which Ray looks into by itself
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdigit():
+        return  # `auto`, `local` and the like, which Ray looks into by itself
     try:
-        with socket.create_connection((host, int(port)), timeout=5):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
             pass
     except OSError as error:
         raise RequestError(f"RAY_ADDRESS = {address!r}: no Ray head answers there ({one_line(error)})") from error
