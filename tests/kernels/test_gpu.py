@@ -239,5 +239,6 @@ def test_training_runs_alike_on_both_backends() -> None:
     """Nearer to each other, by far, than to a run that sees its text in another order (`kernels/training.png`)."""
     found = {name: torch.tensor(losses) for name, losses in curves().items()}
     apart, noise = ((found["torch"] - found[name]).abs().mean() for name in ("triton", "order"))
-    assert apart < noise / 2
-    assert abs(found["torch"][-20:].mean() - found["triton"][-20:].mean()) < 0.03
+    ends = [float(losses[-20:].mean()) for losses in found.values()]
+    assert apart < noise / 2, (float(apart), float(noise), ends)
+    assert abs(ends[0] - ends[1]) < 0.03, (float(apart), float(noise), ends)
