@@ -91,7 +91,7 @@ def worker_memory(workers: WorkersConfig) -> int | None:
     nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in there]
     try:
         found = ray.get([ask.options(scheduling_strategy=node).remote() for node in nodes], timeout=PROBE)
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError) as error:
+    except ray.exceptions.RayError as error:
         logger.warning("the memory of the GPUs is not known, a step will show whether trials fit (%s)", one_line(error))
         return None
     return int(min(found) * min(share, 1.0))

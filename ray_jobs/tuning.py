@@ -16,7 +16,6 @@ def run_trials(
     folder: Path,
     concurrent: int,
     resources: Mapping[str, float],
-    reuse_actors: bool = True,
 ) -> None:
     """Run what the searcher proposes.
 
@@ -26,7 +25,6 @@ def run_trials(
         folder: of the sweep.
         concurrent: trials at once.
         resources: of one trial.
-        reuse_actors: start the next trial in the process of one that has ended.
     """
     # not `Tuner`, which would pickle the searcher: the record is the only memory of a sweep
     tune.run(
@@ -37,7 +35,7 @@ def run_trials(
         num_samples=-1,  # until the searcher has no more
         max_concurrent_trials=concurrent,
         resources_per_trial=dict(resources),
-        reuse_actors=reuse_actors,
+        reuse_actors=True,  # the next trial starts in the process of one that has ended
         raise_on_failed_trial=False,
         stop=_Stopper(searcher),
         trial_name_creator=_own_name,
