@@ -29,7 +29,7 @@ def running() -> Iterator[None]:
     Raises:
         RequestError: no cluster answers at that address.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 18 s become 10 for a nested trainer's start
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 2 s: a nested trainer starts much later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow holds the metrics
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "60")  # nobody restores from Tune's own state

@@ -23,6 +23,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from gsa import spool
+from gsa.errors import one_line
 from gsa.tracking import KEY, TOLD, Tracking
 from gsa.training.steps import steps
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, apply, follow
@@ -238,7 +239,7 @@ def _advance(log: MlflowLog, parent: int, last: bool) -> None:
             log.advance(last)
         except (MlflowException, requests.RequestException) as error:
             if not failures:
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error)[:200]
                 logger.warning("MLflow does not answer; results wait on disk and are logged later (%s)", reason)
             time.sleep(PAUSES[min(failures, len(PAUSES) - 1)])
             failures += 1

@@ -21,6 +21,7 @@ from ray.train import TrainingFailedError
 from rich.console import Console
 
 from gsa import spool
+from gsa.background import every
 from gsa.config import TrainConfig, load_config
 from gsa.data.packing import prepare
 from gsa.errors import RunError, one_line
@@ -144,24 +145,20 @@ def _terminable() -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(folder: Path, total_steps: int, console: Console) -> Iterator[None]:
     """Print what the run puts into its spool until the block ends."""
-    done = threading.Event()
+    offset = spool.size(folder)
 
-    def follow() -> None:
-        offset, last = spool.size(folder), False
-        while not last:
-            last = done.wait(1)
-            rows, offset = spool.read(folder, offset)
-            for row in rows:
-                if not spool.of_system(row):
-                    _print_row(row, total_steps, console)
+    def show() -> None:
+        nonlocal offset
+        rows, offset = spool.read(folder, offset)
+        for row in rows:
+            if not spool.of_system(row):
+                _print_row(row, total_steps, console)
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield
+        with every(1, show):
+            yield
     finally:
-        done.set()
-        thread.join(timeout=10)
+        show()
 
 
 def _print_row(row: spool.Row, total_steps: int, console: Console) -> None:

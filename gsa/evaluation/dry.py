@@ -7,6 +7,7 @@ import torch
 
 from gsa.config import TrainConfig
 from gsa.data.packing import Prepared, Shuffled
+from gsa.errors import one_line
 from gsa.evaluation.gate import GateError
 from gsa.evaluation.loss import evaluate
 from gsa.training.loop import has_indexer, make_model
@@ -42,7 +43,7 @@ def dry_step(config: TrainConfig, data: Prepared, device: torch.device, force: b
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     except torch.OutOfMemoryError as error:
         key = "training.micro_batch_size"
-        found = f"a step on {device} runs out of memory ({' '.join(str(error).split())[:200]})"
+        found = f"a step on {device} runs out of memory ({one_line(error)[:200]})"
         raise GateError("memory", found, key, config.training.micro_batch_size) from error
     finally:
         if device.type == "cuda":

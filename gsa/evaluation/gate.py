@@ -22,7 +22,7 @@ from torch import Tensor
 from gsa.attention.config import Stage
 from gsa.config import TrainConfig, assign, lookup
 from gsa.data.packing import Batch
-from gsa.errors import RequestError
+from gsa.errors import RequestError, one_line
 from gsa.evaluation.memory import Memory, device_of, estimate, remedy
 from gsa.evaluation.shrink import Small, shrink
 from gsa.model import LAYER_SETTINGS, GSAForCausalLM
@@ -142,7 +142,7 @@ def examine(small: Small) -> Failure | None:
         try:
             return next(_failures(model, small), None)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            return Failure("runs", " ".join(f"{type(error).__name__}: {error}".split()))
+            return Failure("runs", one_line(f"{type(error).__name__}: {error}"))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from gsa.data.tokenizer import Tokenizer
-from gsa.errors import ConfigError, RequestError, RunError
+from gsa.errors import ConfigError, RequestError, RunError, one_line
 from gsa.model import GSAForCausalLM
 from gsa.training.steps import PREFIX, steps
 
@@ -94,7 +94,7 @@ class Checkpoint:
         try:
             load_model(model, self.folder / "model.safetensors")
         except (RuntimeError, SafetensorError) as error:
-            detail = " ".join(str(error).split())[:300]
+            detail = one_line(error)[:300]
             raise RequestError(f"{self.folder}: the weights do not fit the model: {detail}") from error
 
     def state(self) -> dict[str, Any]:

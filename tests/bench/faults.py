@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, running():
         folder, began = Path(name), time.monotonic()
         sweep = InventedSweep(folder, asked.trials)
-        late = sweep.run(Faulty(Invented(folder, 4, 0.02, Faults(folder, kinds))))  # type: ignore[arg-type]
+        late = sweep.run(Faulty(Invented(folder, 4, 0.02, Faults(folder, kinds))))
         failed = [e for e in sweep.record.trials() if e.state == FAIL]
         reasons = collections.Counter(e.reason for e in failed)
         print(f"ended after {time.monotonic() - began:.0f} s, {late or 'all logged'}; failed: {dict(reasons)}")

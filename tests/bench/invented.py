@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from gsa.config import TrainConfig, build
@@ -9,13 +10,13 @@ from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.objectives import Aims, ObjectiveConfig
-from ray_jobs.record import Record
+from ray_jobs.record import Proposal, Record
 from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.searcher import GsaSearcher
 from ray_jobs.space import Space
 from ray_jobs.studies import SearcherConfig, Studies
 from ray_jobs.tuning import run_trials
-from tests.bench.trial import RATE, Invented
+from tests.bench.trial import RATE
 
 SPACE = {
     RATE: {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
@@ -45,13 +46,15 @@ class InventedSweep:
         self.searcher = GsaSearcher(studies, halving, self.record, trials, max_failures=3)
         self.context = TrialContext("s", BASE, str(folder), self.parent, {})
 
-    def run(self, invented: Invented, concurrent: int = 2, resources: dict[str, float] | None = None) -> str:
+    def run(
+        self, trainable: Callable[[Proposal], None], concurrent: int = 2, resources: dict[str, float] | None = None
+    ) -> str:
         """Run it to its end; what MLflow was not told."""
         writer = MlflowWriter(self.tracking, self.record.path, self.context)
         writer.start()
         try:
             self.record.begin()
-            run_trials(invented, self.searcher, self.folder, concurrent, resources or {"CPU": 1})
+            run_trials(trainable, self.searcher, self.folder, concurrent, resources or {"CPU": 1})
         finally:
             late = writer.finish(600)
         return late

@@ -16,33 +16,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
-import yaml
 
 from ray_jobs.record import COMPLETE, Record
+from tests.bench.trial import RATE
 from tests.ray_jobs.store import Store
-from tests.text import tiny
+from tests.ray_jobs.test_sweep import SPACE, write_sweep
 
 PORT = 6391  # of a cluster's head
 PAUSES = {"driver": (2, 16), "worker": (0.2, 2), "head": (8, 30)}  # seconds before a kill, from the driver's start
-STAGES = [{"kind": "dense", "steps": 4}, {"kind": "warmup", "steps": 2}, {"kind": "sparse", "steps": 6}]
 
 
 def write(folder: Path, trials: int, seed: int) -> Path:
-    sweep: dict[str, Any] = {
-        "name": "small",
-        "train": tiny(folder, seed, training__stages=STAGES, evaluation__every=4),
-        "space": {"training.optimizer.learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}},
-        "objectives": [{"metric": "held_out_loss"}],
-        "num_samples": trials,
-        "scheduler": {"kind": "none"},
-        "max_failures": trials,
-    }
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(sweep))
-    return path
+    space, objectives = {RATE: SPACE[RATE]}, [{"metric": "held_out_loss"}]
+    return write_sweep(folder, seed, space=space, objectives=objectives, num_samples=trials, max_failures=trials)
 
 
 class Cluster:

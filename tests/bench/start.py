@@ -11,14 +11,14 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 
 from gsa.spool import rows
 from ray_jobs.record import Record
 from ray_jobs.sweep import load_sweep, run_sweep
+from tests.bench.trial import RATE
+from tests.ray_jobs.test_sweep import SPACE, write_sweep
 from tests.text import tiny
 
 STAGES = [{"kind": "dense", "steps": 4}]
@@ -26,21 +26,19 @@ STAGES = [{"kind": "dense", "steps": 4}]
 
 def starts(folder: Path, workers: int, trials: int) -> list[float]:
     """Seconds from the end of each trial to the first step of the next."""
-    sweep: dict[str, Any] = {
-        "name": "start",
-        "train": tiny(folder, 0, training__stages=STAGES, training__log_every=1, workers__num_workers=workers),
-        "space": {"training.optimizer.learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}},
-        "objectives": [{"metric": "held_out_loss"}],
-        "num_samples": trials,
-        "max_concurrent_trials": 1,
-        "dense_baseline": False,
-        "scheduler": {"kind": "none"},
-    }
-    path = folder / "start.yaml"
-    path.write_text(yaml.safe_dump(sweep))
+    path = write_sweep(
+        folder,
+        0,
+        train=tiny(folder, 0, training__stages=STAGES, training__log_every=1, workers__num_workers=workers),
+        space={RATE: SPACE[RATE]},
+        objectives=[{"metric": "held_out_loss"}],
+        num_samples=trials,
+        max_concurrent_trials=1,
+        dense_baseline=False,
+    )
     with (folder / "log").open("w") as log:
         run_sweep(load_sweep(path, []), Console(file=log))
-    home = folder / "runs/sweeps/start"
+    home = folder / "runs/sweeps/small"
     record = Record(home / "record.jsonl")
     ends = [float(event["time"]) for event in record.events if event["event"] == "end"]
     first = [next(rows(home / "trials" / entry.trial_id)).time / 1000 for entry in record.trials()]
