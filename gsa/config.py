@@ -28,7 +28,7 @@ from gsa.errors import ConfigError, RequestError, one_line
 from gsa.evaluation.loss import EvaluationConfig
 from gsa.model import ModelConfig
 from gsa.settings import check, join, nearest, setting
-from gsa.tracking import TrackingConfig
+from gsa.store import TrackingConfig
 from gsa.training.loop import TrainingConfig
 from gsa.training.workers import WorkersConfig
 

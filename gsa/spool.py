@@ -86,17 +86,11 @@ class Spool:
 @contextlib.contextmanager
 def system_metrics(spool: Spool, interval: float = 2.0) -> Iterator[None]:
     """Put this machine's use in the spool every `interval` seconds while the block runs, as MLflow measures it."""
-    import torch
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    if torch.cuda.is_available():
-        monitors.append(GPUMonitor())
+    monitors: list[Any] = []
 
     def watch() -> None:
+        if not monitors:
+            monitors.extend(_monitors())
         found: dict[str, float] = {}
         for monitor in monitors:
             monitor.collect_metrics()
@@ -106,6 +100,18 @@ def system_metrics(spool: Spool, interval: float = 2.0) -> Iterator[None]:
 
     with every(interval, watch):
         yield
+
+
+def _monitors() -> list[Any]:
+    """MLflow's; imported beside the first steps, which need not wait for it."""
+    import torch
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    return [*monitors, GPUMonitor()] if torch.cuda.is_available() else monitors
 
 
 def read(folder: Path, offset: int, limit: int = 1 << 22) -> tuple[list[Row], int]:

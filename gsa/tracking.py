@@ -6,27 +6,15 @@
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
-import os
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-# MLflow reads these when it is imported.
-os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-# who logs tries again by itself; its own minutes of retries would hide an outage
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -35,10 +23,9 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from gsa.errors import RequestError
-from gsa.settings import setting
 from gsa.spool import Row, of_system
+from gsa.store import TrackingConfig, refuse_unreachable, store_uri
 
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
 
 KEY, STATE, REASON, PARENT = "gsa.key", "gsa.state", "gsa.reason", "mlflow.parentRunId"
@@ -50,13 +37,6 @@ METRICS_AT_ONCE, PARAMS_AT_ONCE = 1000, 100  # that MLflow takes in one request
 RUNS_AT_ONCE = 100  # whose histories MLflow gives in one request
 HISTORY_POINTS = 500  # of one run that are read
 PARAM_LIMIT = 6000  # characters of a parameter's value that MLflow stores
-
-
-@dataclasses.dataclass
-class TrackingConfig:
-    uri: str | None = setting(None, "MLflow tracking URI; null is SQLite in the storage folder")
-    experiment: str = setting("gsa", "MLflow experiment")
-    system_metrics: bool = setting(True, "log CPU, memory, network and GPU use of each run")
 
 
 class Tracking:
@@ -271,7 +251,7 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
         except OSError as error:
             raise RequestError(f"tracking.uri = {uri!r}: its folder cannot be made ({error})") from error
     else:
-        _refuse_unreachable(uri)
+        refuse_unreachable(uri)
     client = MlflowClient(uri)
     try:
         found = client.get_experiment_by_name(config.experiment)
@@ -280,25 +260,6 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
     except MlflowException as error:
         raise RequestError(f"tracking.uri = {uri!r}: {error.message.splitlines()[0]}") from error
     return Tracking(uri, found.experiment_id)
-
-
-def store_uri(config: TrackingConfig, storage: str | Path) -> str:
-    """The tracking URI: the configured one, `MLFLOW_TRACKING_URI`, or SQLite in the storage folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
-
-
-def _refuse_unreachable(uri: str) -> None:
-    """MLflow's own client retries for minutes; ask once, briefly, before anything is started."""
-    if not uri.startswith(("http://", "https://")):
-        raise RequestError(f"tracking.uri = {uri!r}: must be sqlite:///PATH, http://HOST or https://HOST")
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        return  # it answers; what it thinks of us, the first real request tells
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise RequestError(f"tracking.uri = {uri!r}: no MLflow server answers there ({reason})") from error
 
 
 def _mlflow_name(key: str) -> str:

@@ -11,7 +11,6 @@ TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter: kernels run on the CPU, slowly
 
 
-@torch.compiler.assume_constant_result
 def problem() -> str | None:
     """Why Triton kernels cannot run on this machine, in one line; `None` where they can."""
     if not TRITON:
@@ -22,6 +21,10 @@ def problem() -> str | None:
     if capability < OLDEST:
         return f"{torch.cuda.get_device_name()} is sm_{capability[0]}{capability[1]}: sm_80 (Ampere) or newer is needed"
     return None
+
+
+# `torch.compiler.assume_constant_result` does no more, and imports the compiler: a second that few processes need
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_triton(tensor: Tensor) -> bool:

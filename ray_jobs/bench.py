@@ -15,7 +15,7 @@ from gsa.attention.fused import HEAD_SIZES
 from gsa.data.packing import prepare
 from gsa.errors import RequestError
 from gsa.evaluation.speed import layer_rows
-from gsa.tracking import TrackingConfig
+from gsa.store import TrackingConfig
 from gsa.training import checkpoint
 from kernels.bench import OPERATIONS, BenchConfig, Row, rows
 from kernels.support import problem

@@ -101,7 +101,8 @@ def report(
     experiment: Experiment = "gsa",
 ) -> None:
     """Leaderboard, Pareto front and what matters in a sweep, running or ended."""
-    from gsa.tracking import TrackingConfig, open_store
+    from gsa.store import TrackingConfig
+    from gsa.tracking import open_store
     from ray_jobs.export import export_study, write_parquet
     from ray_jobs.report import read_report, show
     from ray_jobs.reporting.page import write_html
@@ -133,7 +134,7 @@ def evaluate(
 ) -> None:
     """Held-out loss, retrieval and diagnostics by layer of a trained checkpoint."""
     from gsa.evaluation.report import evaluate_checkpoint
-    from gsa.tracking import TrackingConfig
+    from gsa.store import TrackingConfig
 
     found = evaluate_checkpoint(run, TrackingConfig(tracking_uri, experiment), storage)
     if json:
@@ -161,7 +162,8 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000,
 ) -> None:
     """Browse runs in the MLflow UI, on localhost only."""
-    from gsa.tracking import TrackingConfig, open_store
+    from gsa.store import TrackingConfig
+    from gsa.tracking import open_store
 
     uri = open_store(TrackingConfig(tracking_uri), storage).uri
     if not uri.startswith("sqlite:"):
@@ -208,7 +210,7 @@ def bench(
     experiment: Experiment = "gsa",
 ) -> None:
     """Sparse attention on the kernels against PyTorch's dense attention, on this GPU, in one run."""
-    from gsa.tracking import TrackingConfig
+    from gsa.store import TrackingConfig
     from kernels.bench import BenchConfig
     from ray_jobs.bench import checkpoint_rows, run_bench, show
 
@@ -241,7 +243,7 @@ def propose(
     experiment: Experiment = "gsa",
 ) -> None:
     """A sweep over selection by layer, drawn from what a trained model's layers do on its held-out text."""
-    from gsa.tracking import TrackingConfig
+    from gsa.store import TrackingConfig
     from ray_jobs.proposal import measure, propose_space, show, write
 
     config, layers = measure(run, TrackingConfig(tracking_uri, experiment), storage)

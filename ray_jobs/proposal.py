@@ -24,7 +24,7 @@ from gsa.config import TrainConfig, assign
 from gsa.errors import RequestError
 from gsa.evaluation.layers import SHARES, layer_diagnostics
 from gsa.evaluation.report import trained
-from gsa.tracking import TrackingConfig
+from gsa.store import TrackingConfig
 from gsa.training import checkpoint
 from gsa.training.workers import Workers
 

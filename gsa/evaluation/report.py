@@ -12,7 +12,7 @@ from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError
 from gsa.evaluation.loss import evaluate
 from gsa.evaluation.retrieval import Retrieval, retrieve
-from gsa.tracking import TrackingConfig
+from gsa.store import TrackingConfig
 from gsa.training import checkpoint
 from gsa.training.checkpoint import Checkpoint
 from gsa.training.workers import Workers

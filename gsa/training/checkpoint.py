@@ -23,11 +23,11 @@ from safetensors.torch import load_model, save_model
 from gsa.data.tokenizer import Tokenizer
 from gsa.errors import ConfigError, RequestError, RunError, one_line
 from gsa.model import GSAForCausalLM
+from gsa.store import TrackingConfig
 from gsa.training.steps import PREFIX, steps
 
 if TYPE_CHECKING:
     from gsa.config import TrainConfig
-    from gsa.tracking import TrackingConfig
 
 FORMAT = "gsa-checkpoint-1"
 FILES = {"model.safetensors", "state.pt", "config.yaml", "tokenizer.json"}
@@ -188,10 +188,10 @@ def named(source: str) -> str:
     return f"runs:/{source}" if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source) else source
 
 
-def find(source: str | Path, tracking: "TrackingConfig | None" = None, storage: str | Path = "runs") -> Checkpoint:
+def find(source: str | Path, tracking: TrackingConfig | None = None, storage: str | Path = "runs") -> Checkpoint:
     """The verified checkpoint that `load_checkpoint` would load."""
     if str(source).startswith("runs:/"):
-        from gsa.tracking import TrackingConfig, open_store
+        from gsa.tracking import open_store
 
         store = open_store(tracking or TrackingConfig(), storage)
         source = store.download(str(source).removeprefix("runs:/"), "checkpoint")

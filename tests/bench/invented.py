@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gsa.config import TrainConfig, build
-from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
+from gsa.store import TrackingConfig
+from gsa.tracking import OBJECTIVES, Tracking, connect
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.objectives import Aims, ObjectiveConfig

@@ -13,7 +13,8 @@ from typing import Any
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 
 from gsa.spool import Spool
-from gsa.tracking import TrackingConfig, connect
+from gsa.store import TrackingConfig
+from gsa.tracking import connect
 from ray_jobs.mlflow_writer import MlflowLog
 from ray_jobs.record import COMPLETE, Entry, Record
 from ray_jobs.runs import TrialContext, run_key

@@ -18,7 +18,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-from gsa.tracking import TrackingConfig, connect
+from gsa.store import TrackingConfig
+from gsa.tracking import connect
 from ray_jobs.cluster import running
 from tests.bench.invented import InventedSweep
 from tests.bench.trial import Invented

@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from gsa.config import TrainConfig, build
-from gsa.tracking import OBJECTIVES, Tracking, TrackingConfig, connect
+from gsa.store import TrackingConfig
+from gsa.tracking import OBJECTIVES, Tracking, connect
 from ray_jobs.report import CONSTRAINTS, RATES
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space

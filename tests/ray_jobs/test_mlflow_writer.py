@@ -10,7 +10,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from gsa.spool import Spool
-from gsa.tracking import KEY, Tracking, TrackingConfig, connect
+from gsa.store import TrackingConfig
+from gsa.tracking import KEY, Tracking, connect
 from ray_jobs.mlflow_writer import STATES, MlflowLog, MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, Record
 from ray_jobs.runs import TrialContext
