@@ -35,10 +35,11 @@ from ray_jobs.cluster import concurrent_runs, running, worker_memory
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
+from ray_jobs.nested import release_all
 from ray_jobs.objectives import DENSE as BASELINE
 from ray_jobs.objectives import TIMED, Aims, ConstraintConfig, ObjectiveConfig
 from ray_jobs.progress import SweepProgress
-from ray_jobs.record import COMPLETE, Entry, Event, Record
+from ray_jobs.record import COMPLETE, Entry, Record
 from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
 from ray_jobs.reporting.page import to_html
 from ray_jobs.runs import TrialContext, run_key
@@ -49,7 +50,6 @@ from ray_jobs.studies import SearcherConfig, Studies
 from ray_jobs.trial import make_trainable
 from ray_jobs.tuning import run_trials
 from ray_jobs.warm_start import matching
-from ray_jobs.worker import release_workers
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,6 @@ class Sweep:
             writer = MlflowWriter(tracking, record.path, context)
             writer.start()
             try:
-                record.subscribe(self._release)
                 for entry in earlier:
                     if entry.trial_id not in record.entries:
                         record.propose(entry)
@@ -221,15 +220,13 @@ class Sweep:
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
         total = config.num_samples + config.dense_baseline + config.confirm.best * config.confirm.seeds
         progress = SweepProgress(record, config.objectives, total, steps, self.console)
-        with progress.shown(), _signals(searcher):
-            run_trials(make_trainable(context), searcher, self.folder, concurrent, resources)
+        try:
+            with progress.shown(), _signals(searcher):
+                run_trials(make_trainable(context), searcher, self.folder, concurrent, resources)
+        finally:
+            release_all(self.folder / "trials")
         if not searcher.interrupted and (spent := searcher.spent()):
             self.console.print(f"{spent}: the sweep ends; with more of it, --resume goes on", markup=False)
-
-    def _release(self, event: Event, entry: Entry) -> None:
-        """Observe the record: a trial that has ended holds no workers."""
-        if event["event"] == "end":
-            release_workers(self.folder / "trials" / entry.trial_id)
 
     def _gate(self, data: Prepared) -> Callable[[TrainConfig], None]:
         memory = worker_memory(self.config.train.workers)

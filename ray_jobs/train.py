@@ -34,7 +34,7 @@ from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.runs import TrainContext
 from ray_jobs.storage import locked, settle
-from ray_jobs.worker import fit, release_workers, root_cause
+from ray_jobs.worker import RESOURCES, fit, release, root_cause
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def _fit_apart(job: Job) -> None:
 
     def run() -> None:
         try:
-            fit(job, [])
+            fit(job)
             outcome.set_result(None)
         except Exception as error:  # noqa: BLE001 - raised again below, in the main thread
             outcome.set_exception(error)
@@ -123,7 +123,7 @@ def _fit_apart(job: Job) -> None:
         # without its workers the trainer ends; Ray must not be shut down under a thread that still uses it
         deadline = time.monotonic() + 30
         while thread.is_alive() and time.monotonic() < deadline:
-            release_workers(Path(job.folder))
+            release(Path(job.folder) / RESOURCES)
             thread.join(0.2)
         raise
 

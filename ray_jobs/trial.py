@@ -6,13 +6,13 @@ A trial with one worker trains right there; a larger one starts the workers of a
 from collections.abc import Callable
 
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from gsa.errors import one_line
 from ray_jobs.job import job_of
+from ray_jobs.nested import train_nested
 from ray_jobs.record import Proposal
 from ray_jobs.runs import TrialContext
-from ray_jobs.worker import LASTING, fit, work
+from ray_jobs.worker import LASTING, work
 
 
 def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
@@ -28,7 +28,7 @@ def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
             if job.settings().workers.num_workers == 1:
                 work(job, tune.report)
             else:
-                fit(job, [TuneReportCallback()])
+                train_nested(job, tune.report)
         except LASTING as error:
             tune.report({"failed": one_line(error)})
 

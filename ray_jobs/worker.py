@@ -1,4 +1,4 @@
-"""One run, trained: in this process, or by the workers of a nested Ray Train `TorchTrainer`.
+"""One run, trained: in this process, or by the workers of a Ray Train `TorchTrainer`.
 
 The first worker alone writes what MLflow is to know, to the run's spool; results go on to whoever started the run.
 """
@@ -24,10 +24,10 @@ from gsa.evaluation.dry import dry_step
 from gsa.spool import Spool, system_metrics
 from gsa.training.loop import Trainer
 from gsa.training.steps import steps
-from gsa.training.workers import Workers
+from gsa.training.workers import Workers, WorkersConfig
 from ray_jobs.job import Job
 
-PLACEMENT_GROUP = ".placement_group"  # file in a run's folder that names what its workers hold
+RESOURCES = ".placement_group"  # file in a run's folder that names what its workers hold
 
 # what would fail again in the same way: a loss that is not finite, a setting that cannot be, too little memory
 LASTING = (RunError, RequestError, torch.OutOfMemoryError)
@@ -35,29 +35,37 @@ LASTING = (RunError, RequestError, torch.OutOfMemoryError)
 Report = Callable[[dict[str, Any]], None]
 
 
-def fit(job: Job, callbacks: list[Any]) -> None:
+def fit(job: Job) -> None:
     """Train a run with a Ray Train `TorchTrainer` of any number of workers.
 
     Raises:
-        RunError: the run would fail again in the same way; the message is the worker's own.
+        As `run_workers`.
+    """
+    folder = Path(job.folder)
+    release(folder / RESOURCES)
+    run_workers(_train_worker, {"job": job}, job.settings().workers, folder.name, folder.parent)
+
+
+def run_workers(
+    function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], workers: WorkersConfig, name: str, home: Path
+) -> None:
+    """Run a function on every worker of a Ray Train `TorchTrainer`.
+
+    Raises:
+        RunError: it would fail again in the same way; the message is the worker's own.
         ray.train.TrainingFailedError: anything else, a worker that was lost for example.
     """
-    release_workers(Path(job.folder))
-    workers = job.settings().workers
     resources = {"CPU": workers.cpus_per_worker}
     if workers.gpus_per_worker:
         resources["GPU"] = workers.gpus_per_worker
     trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"job": job},
+        function,
+        train_loop_config=arguments,
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=Path(job.folder).name,
-            storage_path=str(Path(job.folder).parent / ".ray_train"),
-            failure_config=FailureConfig(max_failures=0),
-            callbacks=callbacks,
+            name=name, storage_path=str(home / ".ray_train"), failure_config=FailureConfig(max_failures=0)
         ),
     )
     try:
@@ -69,13 +77,20 @@ def fit(job: Job, callbacks: list[Any]) -> None:
         raise
 
 
-def release_workers(folder: Path) -> None:
-    """Free what the workers of a run in this folder still hold, if there are any.
+def note_resources(note: Path) -> None:
+    """Write down, in a worker of Ray Train, what its workers hold."""
+    group = get_current_placement_group()
+    assert group is not None  # Ray Train's workers always stand in one
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(group.id.hex())
+
+
+def release(note: Path) -> None:
+    """Free what workers hold that wrote this note, if there are any.
 
     Ray Train does so itself where it ends by itself. Where it is stopped from outside, it relies on the state API of
     the dashboard, and without one its placement group stays for ever: the next run waits in vain (ray#54305).
     """
-    note = folder / PLACEMENT_GROUP
     if note.exists():
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(note.read_text()))))
         note.unlink()
@@ -89,16 +104,10 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    def report(metrics: dict[str, Any]) -> None:
-        ray.train.report(metrics)
-
     job: Job = config["job"]
     if Workers.current().first:
-        group = get_current_placement_group()
-        assert group is not None  # Ray Train's workers always stand in one
-        Path(job.folder).mkdir(parents=True, exist_ok=True)
-        (Path(job.folder) / PLACEMENT_GROUP).write_text(group.id.hex())
-    work(job, report)
+        note_resources(Path(job.folder) / RESOURCES)
+    work(job, ray.train.report)
 
 
 def work(job: Job, report: Report) -> None:

@@ -15,10 +15,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from gsa import load_checkpoint
 from gsa.data.packing import prepare
 from gsa.evaluation.floors import bigram_bits_per_byte
-from ray_jobs.record import COMPLETE, FAIL, PAUSED, Record
+from ray_jobs.record import COMPLETE, Record
 from ray_jobs.report import Report
 from ray_jobs.sweep import load_sweep, run_sweep
 from tests.draw import Draw
@@ -263,18 +262,6 @@ def test_a_sweep_that_runs_is_not_started_again(draw: Draw, tmp_path: Path) -> N
     assert "is running already" in refused.stderr
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-
-
-def test_trials_of_two_workers_that_are_stopped_make_room_for_the_next(draw: Draw, tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, dense_baseline=False)
-    scheduler = "scheduler={kind: halving, grace_period: 8, reduction_factor: 2}"
-    report = run(path, "train.workers.num_workers=2", "objectives=[{metric: held_out_loss}]", scheduler)
-    assert len(report.trials) == 3
-    assert {trial["state"] for trial in report.trials} <= {"finished", "stopped_early"}
-    states = [entry.state for entry in Record(tmp_path / "runs/sweeps/small/record.jsonl").trials()]
-    assert PAUSED in states
-    assert FAIL not in states
-    load_checkpoint(tmp_path / "runs/sweeps/small/trials" / str(report.best))
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(draw: Draw, tmp_path: Path) -> None:

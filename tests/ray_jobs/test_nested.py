@@ -1,0 +1,68 @@
+"""Trials of several workers: started once, freed where their trial's process dies, new after a failure."""
+
+import contextlib
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from gsa.errors import RunError
+from ray_jobs.record import COMPLETE, FAIL, PAUSED, Record
+from tests.draw import Draw
+from tests.ray_jobs.test_sweep import check_whole, command, run, wait_for, write_sweep
+
+HELD_OUT = [{"metric": "held_out_loss"}]
+RATE = "training.optimizer.learning_rate"
+
+
+def groups(folder: Path) -> int:
+    """How many times workers were started."""
+    return len(list((folder / "runs/sweeps/small/trials/.ray_train").glob("gsa-workers-*")))
+
+
+def notes(folder: Path) -> list[Path]:
+    return list((folder / "runs/sweeps/small/trials/.workers").glob("*"))
+
+
+def test_workers_outlast_trials_that_end_or_pause(draw: Draw, tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, dense_baseline=False)
+    scheduler = "scheduler={kind: halving, grace_period: 8, reduction_factor: 2}"
+    report = run(path, "train.workers.num_workers=2", "objectives=[{metric: held_out_loss}]", scheduler)
+    assert {trial["state"] for trial in report.trials} <= {"finished", "stopped_early"}
+    states = [entry.state for entry in Record(tmp_path / "runs/sweeps/small/record.jsonl").trials()]
+    assert len(states) == 3
+    assert PAUSED in states
+    assert groups(tmp_path) == 1
+    assert not notes(tmp_path)  # nothing is held any more
+
+
+def test_a_trial_that_fails_ends_its_workers_alone(draw: Draw, tmp_path: Path) -> None:
+    rates = {RATE: {"type": "categorical", "choices": [1e-3, 1e30]}}
+    path = write_sweep(
+        tmp_path, draw.random.randrange(1000), space=rates, objectives=HELD_OUT, num_samples=4, dense_baseline=False,
+        searcher={"sampler": "random"}, gate=False,
+    )  # fmt: skip
+    with contextlib.suppress(RunError):  # all of them may fail
+        run(path, "train.workers.num_workers=2")
+    trials = Record(tmp_path / "runs/sweeps/small/record.jsonl").trials()
+    for trial in trials:
+        assert trial.state == (FAIL if trial.settings[RATE] == 1e30 else COMPLETE), trial
+        assert (trial.state == COMPLETE) or "learning rate 1e+30" in trial.reason
+    failed = [trial.state for trial in trials].count(FAIL)
+    assert failed <= groups(tmp_path) <= failed + 1
+
+
+def test_workers_whose_trial_is_killed_are_let_go(draw: Draw, tmp_path: Path) -> None:
+    path = write_sweep(
+        tmp_path, draw.random.randrange(1000), num_samples=2, objectives=HELD_OUT, dense_baseline=False, max_failures=3
+    )
+    process = subprocess.Popen(command("sweep", str(path), "train.workers.num_workers=2"), stdout=subprocess.DEVNULL)
+    wait_for(lambda: notes(tmp_path))
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if " ".join(child.cmdline()).startswith("ray::ImplicitFunc"):
+                child.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=200) == 0
+    assert groups(tmp_path) == 2
+    check_whole(tmp_path / "runs", 2)
