@@ -91,9 +91,12 @@ def release(note: Path) -> None:
     Ray Train does so itself where it ends by itself. Where it is stopped from outside, it relies on the state API of
     the dashboard, and without one its placement group stays for ever: the next run waits in vain (ray#54305).
     """
-    if note.exists():
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(note.read_text()))))
-        note.unlink()
+    try:
+        held = note.read_text()
+    except FileNotFoundError:
+        return
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held))))
+    note.unlink(missing_ok=True)  # who else lets go at this moment has deleted it
 
 
 def root_cause(error: BaseException) -> BaseException:
