@@ -32,6 +32,9 @@ Config = Annotated[Path, typer.Argument(help="YAML file of the configuration", m
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to replace", metavar="[key=value]...")]
 Storage = Annotated[Path, typer.Option(help="folder of runs, checkpoints and caches")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: SQLite in the storage folder")]
+Address = Annotated[
+    str, typer.Option(envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="http://HOST:PORT of the head's dashboard")
+]
 Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
 
 
@@ -85,6 +88,42 @@ def sweep(
         _failed(error, f"to see what happened: gsa report {name}{_storage_option(folder)}")
     show(report, console)
     _next(f"gsa ui{_storage_option(folder)}", f"gsa report {name} --json{_storage_option(folder)}")
+
+
+@app.command(epilog="Example: `gsa submit configs/sweep/quickstart.yaml train.storage=/shared/runs`")
+def submit(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")] = None,
+    address: Address = "http://127.0.0.1:8265",
+    working_dir: Annotated[Path, typer.Option(help="folder that is uploaded: the project's root")] = Path("."),
+    wait: Annotated[bool, typer.Option(help="follow the job's output to its end")] = True,
+    storage: Annotated[str, typer.Option(help="with --resume: the cluster's folder of runs")] = "runs",
+) -> None:
+    """Run a sweep as a job on a Ray cluster. The job goes on when this command is interrupted."""
+    from ray_jobs import submit as jobs
+
+    given = [*([] if config is None else [str(config)]), *(overrides or [])]
+    if (config is None or "=" in str(config)) == (resume is None):
+        raise RequestError("gsa submit: give either a CONFIG to start, or --resume NAME to continue")
+    if resume is not None:
+        submission = jobs.resumed_sweep(resume, storage, given, working_dir)
+    else:
+        submission = jobs.new_sweep(Path(given[0]), given[1:], working_dir)
+    client, job = jobs.submit(submission, address)
+    there = f"--address {address}"
+    commands = [f"ray job logs {there} --follow {job}", f"ray job stop {there} {job}", f"ray job list {there}"]
+    console.print(f"job {job}: {submission.entrypoint}", markup=False, highlight=False, soft_wrap=True)
+    if not wait:
+        _next(*commands)
+        return
+    try:
+        jobs.follow(client, job, console)
+    except KeyboardInterrupt:
+        errors.print(f"the job goes on; to see it: {commands[0]}", markup=False, highlight=False, soft_wrap=True)
+        raise
+    except RunError as error:
+        _failed(error, f"to go on: gsa submit --resume {submission.sweep} {there} --storage STORAGE")
 
 
 @app.command(epilog="Example: `gsa report quickstart --html report.html`")

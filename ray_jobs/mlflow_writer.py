@@ -6,6 +6,7 @@
   whose state is told is done.
 """
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
@@ -13,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from multiprocessing.synchronize import Event as Signal
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
@@ -179,24 +180,30 @@ class MlflowWriter:
 
     def __init__(self, tracking: Tracking, path: Path, context: Context) -> None:
         processes = multiprocessing.get_context("spawn")
-        self.uri, self._stop = tracking.uri, processes.Event()
-        arguments = (tracking.uri, tracking.experiment_id, path, context, self._stop, os.getpid())
+        # not an `Event`: if its process is killed while it looks at that, setting it would wait for ever
+        self._theirs, self._stop = processes.Pipe(duplex=False)
+        self.uri = tracking.uri
+        arguments = (tracking.uri, tracking.experiment_id, path, context, self._theirs, os.getpid())
         self._process = processes.Process(target=_work, args=arguments, daemon=True, name="mlflow-writer")
 
     def start(self) -> None:
         """Call it in the main thread."""
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its child begins with that
+        # its child begins with that: a Ray job's stop goes to all of its processes, but the sweep says when to end
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._process.start()
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._theirs.close()
 
     def finish(self, patience: float) -> str:
         """Let it tell the rest; what it could not tell within `patience` seconds, in words, or nothing.
 
         Nothing is lost then: whoever continues the sweep tells it.
         """
-        self._stop.set()
+        with contextlib.suppress(OSError):  # it has died: its exit code tells
+            self._stop.send(True)
         self._process.join(patience)
         if self._process.is_alive():
             self._process.kill()
@@ -205,14 +212,14 @@ class MlflowWriter:
         return "" if self._process.exitcode == 0 else f"{self.uri} refused a part (exit code {self._process.exitcode})"
 
 
-def _work(uri: str, experiment: str, path: Path, context: Context, stop: Signal, parent: int) -> None:
+def _work(uri: str, experiment: str, path: Path, context: Context, stop: Connection, parent: int) -> None:
     os.setsid()  # what stops the sweep's process group is meant for the sweep, which says when to stop
     os.nice(10)  # trials and the sweep go before it
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each try; one line of ours is enough
     with FileLock(path.with_name(".mlflow.lock")):
         log = MlflowLog(Tracking(uri, experiment), path, context)
-        for last in _until(stop, parent):
+        for last in _until(stop):
             if last:
                 _advance(log, parent, last=False)
             _advance(log, parent, last)
@@ -220,15 +227,14 @@ def _work(uri: str, experiment: str, path: Path, context: Context, stop: Signal,
         raise SystemExit(3)
 
 
-def _until(stop: Signal, parent: int) -> Iterator[bool]:
+def _until(stop: Connection) -> Iterator[bool]:
     """False every now and then, and once True when it is time to stop; nothing more once the parent is dead."""
     due = 0.0
-    while not stop.wait(max(0.0, due - time.monotonic())):  # at once, where telling took longer than that
-        if os.getppid() != parent:
-            return
+    while not stop.poll(max(0.0, due - time.monotonic())):  # at once, where telling took longer than that
         due = time.monotonic() + INTERVAL
         yield False
-    yield True
+    with contextlib.suppress(EOFError):  # the parent is dead, and has said nothing
+        yield bool(stop.recv())
 
 
 def _advance(log: MlflowLog, parent: int, last: bool) -> None:

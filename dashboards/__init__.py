@@ -1,0 +1,1 @@
+"""What people look at: MLflow on shared services, metrics of a cluster."""

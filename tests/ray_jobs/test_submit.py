@@ -1,0 +1,144 @@
+"""Sweeps as jobs on a head that asks for a token: refused, followed, dropped, stopped, resumed."""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dashboards.services import free_ports, write_private
+from gsa.errors import RequestError
+from ray_jobs.record import COMPLETE, Record
+from ray_jobs.submit import refuse_large
+from tests.draw import Draw
+from tests.ray_jobs.store import Store
+from tests.ray_jobs.test_sweep import ROOT, command, lines, wait_for, write_sweep
+
+Environment = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """A head of its own, on free ports; what a client needs to reach it."""
+    folder = tmp_path_factory.mktemp("head")
+    token = folder / "token"
+    write_private(token, secrets.token_hex(32))
+    gcs, dashboard, agent = free_ports(3)
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    environment.pop("RAY_ADDRESS", None)
+    start = ["ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
+    start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    start += [f"--temp-dir={folder / 'ray'}"] if len(str(folder)) < 60 else []  # sockets have short names
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(lambda: answers(address))
+        yield environment | {"RAY_API_SERVER_ADDRESS": address}
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=1).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def gsa(environment: Environment, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(*arguments), env=environment, capture_output=True, text=True, check=False, timeout=240, cwd=ROOT
+    )
+
+
+def only_job(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("job ")]
+    return line.split()[1].rstrip(":")
+
+
+def ray_job(environment: Environment, *arguments: str) -> str:
+    words = [str(Path(sys.executable).with_name("ray")), "job", *arguments]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    return done.stdout + done.stderr
+
+
+def test_a_job_is_followed_stopped_and_resumed_and_a_client_may_drop(
+    draw: Draw, tmp_path: Path, head: Environment
+) -> None:
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3)
+    stages = ["train.training.stages=[{kind: dense, steps: 60}, {kind: sparse, steps: 60}]"]
+    arguments = ["submit", str(path), *stages, "train.evaluation.every=20", "--working-dir", str(tmp_path)]
+    for folder in ("gsa", "kernels", "ray_jobs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    record = tmp_path / "runs/sweeps/small/record.jsonl"
+    client = subprocess.Popen(command(*arguments), env=head, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_for(lambda: lines(record) >= 3)
+    client.send_signal(signal.SIGKILL)
+    output, _ = client.communicate()
+    job = only_job(output)
+    assert job in ray_job(head, "list")
+    ray_job(head, "stop", job)
+    assert "was stopped" in ray_job(head, "status", job)
+    runs = Store(tmp_path / "runs").runs()
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+    assert "KILLED" in {run.info.status for run in runs}
+    resume = ["submit", "--resume", "small", "--storage", str(tmp_path / "runs"), "--working-dir", str(tmp_path)]
+    done = gsa(head, *resume)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4/4 trials" in done.stdout
+    assert all(entry.state == COMPLETE for entry in Record(record).trials())
+
+
+def test_a_job_that_fails_is_told_with_the_way_on(tmp_path: Path, head: Environment) -> None:
+    done = gsa(head, "submit", "--resume", "nothing", "--storage", str(tmp_path), "--working-dir", str(ROOT))
+    assert done.returncode == 1
+    assert "'nothing': is not in" in done.stdout
+    assert "failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["no token", "wrong token", "elsewhere", "nobody", "not http"])
+def test_who_is_refused_is_told_in_one_line(tmp_path: Path, head: Environment, how: str) -> None:
+    path = write_sweep(tmp_path, 0)
+    write_private(tmp_path / "wrong", secrets.token_hex(32))
+    there, elsewhere = head["RAY_API_SERVER_ADDRESS"], f"http://127.0.0.1:{free_ports(1)[0]}"
+    change, address, words = {
+        "no token": ({"RAY_AUTH_MODE": "disabled"}, there, "refused the token"),
+        "wrong token": ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}, there, "refused the token"),
+        "elsewhere": ({}, elsewhere, "no Ray head answers there"),
+        "nobody": ({}, "http://nobody.invalid:1", "no Ray head answers there"),
+        "not http": ({}, "127.0.0.1:6379", "must be http://HOST:PORT"),
+    }[how]
+    done = gsa(head | change, "submit", str(path), "--working-dir", str(tmp_path), "--address", address)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, words in line) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs/sweeps").exists()
+
+
+def test_what_is_too_large_is_named(draw: Draw, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/noise.bin").write_bytes(draw.random.randbytes(101 * 2**20))
+    (tmp_path / "small.py").write_text("pass")
+    with pytest.raises(RequestError, match=r"101 MiB packed, Ray takes 100; largest: data/ 101"):
+        refuse_large(tmp_path)
+    (tmp_path / ".rayignore").write_text("data/\n")
+    refuse_large(tmp_path)
