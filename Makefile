@@ -3,7 +3,7 @@ PYTHON ?= python3
 NAME ?= quickstart
 BIN := .venv/bin
 
-.PHONY: sweep test test-gpu lint ui clean
+.PHONY: sweep test test-gpu lint ui services services-stop audit clean
 
 # A finished sweep is shown, an interrupted one continued, otherwise it starts. NAME=... starts another.
 sweep: .venv/installed
@@ -28,6 +28,17 @@ lint: .venv/installed
 
 ui: .venv/installed
 	$(BIN)/gsa ui
+
+# MLflow with passwords, on PostgreSQL and an S3 store, on localhost; everything of it is in runs/services
+services: .venv/installed
+	$(BIN)/python -m dashboards.services start
+
+services-stop: .venv/installed
+	$(BIN)/python -m dashboards.services stop
+
+# known holes in what is installed; asks PyPI
+audit: .venv/installed
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:
 	rm -rf .venv

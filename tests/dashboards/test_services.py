@@ -1,0 +1,129 @@
+"""Shared services, real ones: nobody without a password, nothing beyond localhost, and all of it there again later."""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from dashboards.services import HOST, Services
+from gsa.errors import RequestError
+from gsa.store import TrackingConfig
+from gsa.tracking import connect
+from ray_jobs.sweep import load_sweep, run_sweep
+from tests.draw import Draw
+from tests.ray_jobs.test_sweep import QUIET, write_sweep
+
+HAS_POSTGRES = bool(shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres")))
+pytestmark = pytest.mark.skipif(not HAS_POSTGRES, reason="PostgreSQL is not installed: apt install postgresql")
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    base = tmp_path_factory.mktemp("services")
+    for folder in (base, *base.parents):  # PostgreSQL runs as another user where we are root
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    found = Services(base / "kept")
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def user(services: Services, monkeypatch: pytest.MonkeyPatch) -> Services:
+    for key, value in services.credentials.items():
+        monkeypatch.setenv(key, value)
+    return services
+
+
+def status(url: str, headers: dict[str, str] | None = None, data: bytes | None = None) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers or {}), timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_sweep_goes_there_by_one_setting_and_is_there_after_a_restart(
+    draw: Draw, user: Services, tmp_path: Path
+) -> None:
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
+    report = run_sweep(load_sweep(path, [f"train.tracking.uri={user.uri}"]), QUIET)
+    assert not (tmp_path / "runs/mlflow.db").exists()
+    user.stop()
+    assert all(user.process(name) is None for name in ("postgres", "s3", "mlflow"))
+    user.start()
+    client = MlflowClient(user.uri)
+    run = client.get_run(str(report.trials[0]["run_id"]))
+    assert run.info.status == "FINISHED"
+    folder = client.download_artifacts(run.info.run_id, "checkpoint", str(tmp_path))
+    assert (Path(folder) / "model.safetensors").stat().st_size > 1000
+    assert user.s3_client().list_objects_v2(Bucket="mlflow")["KeyCount"] > 5
+
+
+def test_nobody_comes_in_without_a_password(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = f"{services.uri}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert status(search) == 401
+    assert status(search, {"Host": "elsewhere.example"}) == 403
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "gsa")
+    for guess in ("password1234", "password", "", secrets.token_hex(20)):
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", guess)
+        with pytest.raises(RequestError, match="You are not authenticated"):
+            connect(TrackingConfig(services.uri), "nowhere")
+    ports = services.ports
+    assert status(f"http://{HOST}:{ports['s3']}/mlflow/") == 403
+    assert status(f"http://{HOST}:{ports['filer']}/buckets/mlflow/") == 401
+    assert status(f"http://{HOST}:{ports['filer']}/buckets/mlflow/x", data=b"x") == 401
+
+
+def test_nothing_listens_beyond_localhost(services: Services) -> None:
+    for name in ("postgres", "s3", "mlflow"):
+        process = services.process(name)
+        assert process is not None
+        for one in (process, *process.children(recursive=True)):
+            listening = [c.laddr.ip for c in one.net_connections() if c.status == psutil.CONN_LISTEN]
+            assert set(listening) <= {HOST}, (name, listening)
+
+
+def test_passwords_are_in_private_files_and_nowhere_else(services: Services) -> None:
+    kept = json.loads((services.folder / "settings.json").read_text())["secrets"]
+    holders = [p for p in services.folder.iterdir() if p.is_file() and any(s in p.read_text() for s in kept.values())]
+    assert {p.stat().st_mode & 0o777 for p in holders} == {0o600}
+    assert not [p.name for p in holders if p.suffix == ".log"]
+    shown = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not any(secret in line for secret in kept.values() for line in shown)
+
+
+def test_what_died_is_started_again_and_the_rest_left_alone(services: Services) -> None:
+    before = {name: services.process(name) for name in ("postgres", "s3", "mlflow")}
+    assert before["s3"] is not None
+    before["s3"].kill()
+    before["s3"].wait()
+    services.start()
+    after = {name: services.process(name) for name in before}
+    assert after["postgres"] == before["postgres"]
+    assert after["mlflow"] == before["mlflow"]
+    assert after["s3"] not in (None, before["s3"])
+
+
+def test_wrong_requests_are_told_in_one_line(services: Services, tmp_path: Path) -> None:
+    for arguments, words in (
+        (["stop", "--folder", str(tmp_path / "none")], "no services are kept there"),
+        (["start", "--folder", str(services.folder), "--port", "1"], "MLflow in"),
+        (["start", "--folder", "/proc/none"], "cannot be made"),
+    ):
+        command = [sys.executable, "-m", "dashboards.services", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
