@@ -216,6 +216,27 @@ def ui(
     sys.exit(subprocess.run(command, check=False).returncode)
 
 
+@app.command(epilog="Example: `gsa move http://127.0.0.1:5001`")
+def move(
+    uri: Annotated[str, typer.Argument(help="of the MLflow server", show_default=False)],
+    storage: Storage = Path("runs"),
+) -> None:
+    """Copy every run of the storage folder's MLflow store to a server; cut short, the same command goes on."""
+    from gsa.move import move as copy
+    from gsa.store import TrackingConfig
+    from gsa.tracking import connect, open_store
+
+    database = f"sqlite:///{storage.resolve() / 'mlflow.db'}"  # whatever MLFLOW_TRACKING_URI names
+    source = open_store(TrackingConfig(database), storage)
+    if uri == database:
+        raise RequestError(f"{uri}: is the store of {storage} itself")
+    found = copy(source, connect(TrackingConfig(uri), storage), lambda line: console.print(line, markup=False))
+    earlier = f" ({found.earlier} of them earlier)" if found.earlier else ""
+    what = f"{found.runs} runs{earlier}, {found.values} values of metrics, {found.files} files, {found.versions} models"
+    console.print(f"copied to {uri}: {what}", markup=False, highlight=False, soft_wrap=True)
+    _next(f"export MLFLOW_TRACKING_URI={uri}    # gsa commands and resumed sweeps use it from now on")
+
+
 @app.command(epilog="Example: `gsa doctor`")
 def doctor(storage: Storage = Path("runs")) -> None:
     """What this machine can and cannot do, and why."""

@@ -10,15 +10,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from mlflow import MlflowClient
+from torch.testing import assert_close
 
 from dashboards.services import HOST, Services
+from gsa import load_checkpoint
 from gsa.errors import RequestError
+from gsa.move import move
 from gsa.store import TrackingConfig
-from gsa.tracking import connect
+from gsa.tracking import KEY, connect
+from ray_jobs.report import read_report
 from ray_jobs.sweep import load_sweep, run_sweep
 from tests.draw import Draw
 from tests.ray_jobs.test_sweep import QUIET, write_sweep
@@ -69,6 +74,74 @@ def test_a_sweep_goes_there_by_one_setting_and_is_there_after_a_restart(
     folder = client.download_artifacts(run.info.run_id, "checkpoint", str(tmp_path))
     assert (Path(folder) / "model.safetensors").stat().st_size > 1000
     assert user.s3_client().list_objects_v2(Bucket="mlflow")["KeyCount"] > 5
+
+
+def whole(client: MlflowClient, folder: Path) -> dict[str, Any]:
+    """All there is of each run, by its key, in words that do not depend on the store."""
+    (experiment,) = [e for e in client.search_experiments() if e.name == "move"]
+    runs, found = client.search_runs([experiment.experiment_id]), {}
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    for run in runs:
+        history = [point for key in run.data.metrics for point in client.get_metric_history(run.info.run_id, key)]
+        artifacts = Path(client.download_artifacts(run.info.run_id, "", str(folder)))
+        files = {str(p.relative_to(artifacts)): p.read_bytes() for p in artifacts.rglob("*") if p.is_file()}
+        shutil.rmtree(artifacts)
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        tags = {key: value for key, value in run.data.tags.items() if not key.startswith("gsa.moved")}
+        tags["mlflow.parentRunId"] = names.get(tags.get("mlflow.parentRunId", ""), "none")
+        found[run.data.tags[KEY]] = {
+            "info": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
+            "params": run.data.params,
+            "metrics": sorted((m.key, m.step, m.timestamp, m.value) for m in history),
+            "tags": tags,
+            "files": files,
+            "data": [(i.dataset.name, i.dataset.digest, i.dataset.source) for i in inputs],
+        }
+    return found
+
+
+def test_a_laptops_store_moves_there_whole_even_if_it_is_cut_short(draw: Draw, user: Services, tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, name="moving")
+    database = f"sqlite:///{tmp_path / 'runs/mlflow.db'}"
+    here = [f"train.tracking.uri={database}", "train.tracking.experiment=move"]
+    report = run_sweep(load_sweep(path, here), QUIET)
+    source = connect(TrackingConfig(database, "move"), tmp_path / "runs")
+    told: list[str] = []
+    stop = draw.random.randint(1, 4)
+
+    def cut(line: str) -> None:
+        told.append(line)
+        if len(told) == stop:
+            raise KeyboardInterrupt
+
+    destination = connect(TrackingConfig(user.uri, "move"), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        move(source, destination, cut)
+    moved = move(source, destination, told.append)
+    assert (moved.runs, moved.earlier) == (5, stop)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    assert whole(source.client, tmp_path / "a") == whole(destination.client, tmp_path / "b")
+    assert move(source, destination, told.append).earlier == 5
+    assert whole(source.client, tmp_path / "a") == whole(destination.client, tmp_path / "b")
+    there = read_report(destination, "moving")
+    assert there.best == report.best
+    assert [t["metrics"] for t in there.trials] == [t["metrics"] for t in report.trials]
+    (version,) = destination.client.search_model_versions("name = 'moving'")
+    ours = load_checkpoint(tmp_path / "runs/sweeps/moving/trials" / str(report.best))
+    assert_close(load_checkpoint(f"runs:/{version.run_id}").state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+def test_what_cannot_move_is_refused(draw: Draw, user: Services, tmp_path: Path) -> None:
+    destination = connect(TrackingConfig(user.uri, "namesakes"), tmp_path)
+    source = connect(TrackingConfig(f"sqlite:///{tmp_path / 'mlflow.db'}", "namesakes"), tmp_path)
+    for tracking in (source, destination):
+        tracking.finish(tracking.create_run("same/key", "same", None, {}), "finished")
+    with pytest.raises(RequestError, match="'same/key' is in the other store already"):
+        move(source, destination, print)
+    source.create_run("other/key", "other", None, {})
+    with pytest.raises(RequestError, match="run 'other' is running"):
+        move(source, destination, print)
 
 
 def test_nobody_comes_in_without_a_password(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
