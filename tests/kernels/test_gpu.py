@@ -236,9 +236,14 @@ def test_the_layers_of_a_model_are_timed() -> None:
 
 
 def test_training_runs_alike_on_both_backends() -> None:
-    """Nearer to each other, by far, than to a run that sees its text in another order (`kernels/training.png`)."""
+    """Nearer to each other, by far, than to a run that sees its text in another order (`kernels/training.png`).
+
+    No two runs are the same, of one backend neither: gradients are added up in any order. On an H100, 16 runs of each
+    end at 1.228 to 1.261, a standard deviation of 0.008; two of one backend are 0.008 to 0.024 apart at each step, two
+    of both 0.007 to 0.022, and another order of the text 0.105 to 0.118.
+    """
     found = {name: torch.tensor(losses) for name, losses in curves().items()}
     apart, noise = ((found["torch"] - found[name]).abs().mean() for name in ("triton", "order"))
     ends = [float(losses[-20:].mean()) for losses in found.values()]
     assert apart < noise / 2, (float(apart), float(noise), ends)
-    assert abs(ends[0] - ends[1]) < 0.03, (float(apart), float(noise), ends)
+    assert abs(ends[0] - ends[1]) < 0.05, (float(apart), float(noise), ends)  # 0.03 is exceeded once in 130
