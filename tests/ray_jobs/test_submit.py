@@ -3,9 +3,11 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -38,7 +40,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     environment.pop("RAY_ADDRESS", None)
     start = ["ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
     start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    start += [f"--temp-dir={folder / 'ray'}"] if len(str(folder)) < 60 else []  # sockets have short names
+    short = tempfile.mkdtemp(prefix="gsa")  # the names of sockets have a limit
+    start += [f"--temp-dir={short}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
@@ -51,6 +54,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def answers(address: str) -> bool:
