@@ -130,16 +130,17 @@ def _fit_apart(job: Job) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """A job's stop (SIGTERM) is an interruption like Ctrl-C."""
+    """A job's stop (SIGTERM) is an interruption like Ctrl-C; so is SIGINT where a shell began this with it ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
