@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import aiohttp
 import ray
 import requests
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
@@ -26,6 +27,8 @@ from gsa.config import build, check_name, read_yaml
 from gsa.errors import ConfigError, RequestError, RunError, one_line
 from ray_jobs.space import Space
 from ray_jobs.sweep import SweepConfig
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 STOP_SECONDS = 120  # that a stopped sweep has to end its trials and tell MLflow; Ray's own 3 cut that short
@@ -98,16 +101,31 @@ def follow(client: JobSubmissionClient, job: str, console: Console) -> None:
     """Print what a job prints until it ends; after a broken connection, from where that broke.
 
     Raises:
-        RunError: it failed, or was stopped.
+        RunError: it failed, was stopped, or its head has been started anew and knows it no more.
     """
-    shown = 0
+    shown, away = 0, False
+
+    async def print_rest() -> None:
+        nonlocal shown
+        seen = 0
+        async for text in client.tail_job_logs(job):  # from the first character on
+            console.print(text[max(0, shown - seen) :], end="", markup=False, highlight=False, soft_wrap=True)
+            seen += len(text)
+            shown = max(shown, seen)
+
     while True:
         try:
-            shown = asyncio.run(_print_from(client, job, shown, console))
+            asyncio.run(print_rest())
             status = client.get_job_status(job)
-        except (RuntimeError, OSError, requests.RequestException):
-            time.sleep(PATIENCE)  # the head is away, or the connection broke: the job goes on
+        except (RuntimeError, OSError, aiohttp.ClientError, requests.RequestException) as error:
+            if "status code 404" in str(error):
+                raise RunError(f"job {job}: the head knows it no more ({one_line(error)})") from error
+            if not away:
+                logger.warning("the head does not answer; the job goes on if the cluster does (%s)", one_line(error))
+            away = True
+            time.sleep(PATIENCE)
             continue
+        away = False
         if status.is_terminal():
             break
         time.sleep(1)
@@ -115,18 +133,6 @@ def follow(client: JobSubmissionClient, job: str, console: Console) -> None:
         return
     reason = (client.get_job_info(job).message or "").strip().splitlines()
     raise RunError(f"job {job}: {status.value.lower()}{f' ({reason[0]})' if reason else ''}")
-
-
-async def _print_from(client: JobSubmissionClient, job: str, shown: int, console: Console) -> int:
-    """Print a job's output from a number of characters on; how many there are at its end."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
-        new = text[max(0, shown - seen) :]
-        seen += len(text)
-        if new:
-            console.print(new, end="", markup=False, highlight=False, soft_wrap=True)
-            shown = seen
-    return shown
 
 
 def connected(address: str) -> JobSubmissionClient:

@@ -1,6 +1,7 @@
 """Sweeps as jobs on a head that asks for a token: refused, followed, dropped, stopped, resumed."""
 
 import contextlib
+import io
 import os
 import secrets
 import shutil
@@ -10,14 +11,18 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from ray.dashboard.modules.job.common import JobStatus
+from rich.console import Console
 
 from dashboards.services import free_ports, write_private
 from gsa.errors import RequestError
+from ray_jobs import submit
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.submit import refuse_large
 from tests.draw import Draw
@@ -136,6 +141,32 @@ def test_who_is_refused_is_told_in_one_line(tmp_path: Path, head: Environment, h
     assert (done.returncode, words in line) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs/sweeps").exists()
+
+
+class Broken:
+    """A head whose connection breaks at each of some places of the output."""
+
+    def __init__(self, parts: list[str], places: list[int]) -> None:
+        self.parts, self.places = parts, places
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        place = self.places.pop(0) if self.places else None
+        for i, part in enumerate(self.parts):
+            if i == place:
+                raise OSError("broken")
+            yield part
+
+    def get_job_status(self, job: str) -> JobStatus:
+        return JobStatus.SUCCEEDED
+
+
+def test_output_is_shown_once_however_often_the_connection_breaks(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "PATIENCE", 0.001)
+    parts = ["".join(draw.random.choices("ab[\n", k=draw.random.randint(1, 5))) for _ in range(10)]
+    output = io.StringIO()
+    head: Any = Broken(parts, [draw.random.randrange(10) for _ in range(6)])
+    submit.follow(head, "job", Console(file=output))
+    assert output.getvalue() == "".join(parts)
 
 
 def test_what_is_too_large_is_named(draw: Draw, tmp_path: Path) -> None:
