@@ -38,6 +38,8 @@ HOST = "127.0.0.1"
 PATIENCE = 90.0  # seconds that a service has to answer
 BUCKET = "mlflow"
 PORTS = ("postgres", "s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc")
+# each needs those before it; the signal ends it in order
+SERVERS = {"postgres": signal.SIGINT, "s3": signal.SIGTERM, "mlflow": signal.SIGTERM}
 SECRETS = ("postgres_admin", "postgres", "s3_access_key", "s3_secret_key", "s3_internal", "mlflow", "mlflow_cookies")
 
 
@@ -50,7 +52,6 @@ class Service:
     ready: Callable[[], None]  # raises while it does not answer
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     user: str | None = None  # under whose name it runs; by default the caller's
-    stop: signal.Signals = signal.SIGTERM
 
 
 class Services:
@@ -91,20 +92,20 @@ class Services:
             self._prepare_postgres()
             for service in (self._postgres(), self._s3(), self._mlflow()):
                 if self.process(service.name) is None:
-                    started.append(service)
+                    started.append(service.name)
                     self._start(service)
                 self._await(service)
         except BaseException:
-            for service in reversed(started):
-                self._stop(service)
+            for name in reversed(started):
+                self._stop(name)
             raise
         exports = "".join(f"export {key}={value}\n" for key, value in self.credentials.items())
         write_private(self.folder / "mlflow.env", exports)
 
     def stop(self) -> None:
         """Stop what runs, the one that needs the others first."""
-        for service in (self._mlflow(), self._s3(), self._postgres()):
-            self._stop(service)
+        for name in reversed(SERVERS):
+            self._stop(name)
 
     def process(self, name: str) -> psutil.Process | None:
         """The running server of a name, and no other process that has its number by now."""
@@ -116,16 +117,13 @@ class Services:
         same = abs(process.create_time() - noted["created"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
         return process if same else None
 
-    def service(self, name: str) -> Service:
-        return {s.name: s for s in (self._postgres(), self._s3(), self._mlflow())}[name]
-
     # each server
 
     def _postgres(self) -> Service:
         settings = {"listen_addresses": HOST, "port": str(self.ports["postgres"]), "unix_socket_directories": ""}
-        command = [_postgres_program("postgres"), "-D", str(self.folder / "postgres")]
+        command = [postgres_program("postgres"), "-D", str(self.folder / "postgres")]
         command += [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-        return Service("postgres", command, self._make_databases, {}, _postgres_user(), signal.SIGINT)
+        return Service("postgres", command, self._make_databases, {}, _postgres_user())
 
     def _prepare_postgres(self) -> None:
         data = self.folder / "postgres"
@@ -138,7 +136,7 @@ class Services:
         if user is not None:
             shutil.chown(data, user)
             shutil.chown(password, user)
-        command = [_postgres_program("initdb"), "-D", str(data), "-U", "postgres", "--auth=scram-sha-256", "-E", "UTF8"]
+        command = [postgres_program("initdb"), "-D", str(data), "-U", "postgres", "--auth=scram-sha-256", "-E", "UTF8"]
         command += ["--no-instructions", f"--pwfile={password}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, user=user, cwd="/")
         password.unlink()
@@ -255,16 +253,16 @@ class Services:
             time.sleep(0.2)
         raise RunError(f"{service.name} does not answer ({reason}); see {self.folder / service.name}.log")
 
-    def _stop(self, service: Service) -> None:
-        process = self.process(service.name)
+    def _stop(self, name: str) -> None:
+        process = self.process(name)
         if process is not None:
             family = [process, *process.children(recursive=True)]
-            process.send_signal(service.stop)
+            process.send_signal(SERVERS[name])
             _, alive = psutil.wait_procs(family, timeout=30)
             for left in alive:
                 left.kill()
             psutil.wait_procs(alive, timeout=10)
-        (self.folder / f"{service.name}.pid").unlink(missing_ok=True)
+        (self.folder / f"{name}.pid").unlink(missing_ok=True)
 
     # what is kept
 
@@ -317,7 +315,7 @@ def _program(name: str, advice: str) -> str:
     return found
 
 
-def _postgres_program(name: str) -> str:
+def postgres_program(name: str) -> str:
     versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda p: int(p.parts[4]))
     return str(versions[-1]) if versions else _program(name, "apt install postgresql")
 
@@ -357,7 +355,7 @@ def _run(what: str, folder: Path, port: int | None) -> None:
         print(f"next: source {env}    # sweeps and gsa commands of this shell now use it; so does the browser's login")
     elif what == "stop":
         services.stop()
-    for name in ("postgres", "s3", "mlflow"):
+    for name in SERVERS:
         process = services.process(name)
         print(f"{name}: {f'runs, process {process.pid}' if process else 'does not run'}")
 

@@ -7,18 +7,18 @@ move that was cut short goes on where it was. The store that is copied from is n
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from gsa.errors import RequestError, RunError, one_line
-from gsa.tracking import KEY, METRICS_AT_ONCE, PARAMS_AT_ONCE, PARENT, Tracking
+from gsa.store import TrackingConfig
+from gsa.tracking import KEY, METRICS_AT_ONCE, PARENT, Tracking, connect, every_page
 
 MOVED_FROM, WHOLE = "gsa.moved_from", "gsa.moved_whole"
-PAGE = 1000  # runs that are asked for at once
 
 
 @dataclasses.dataclass
@@ -40,44 +40,42 @@ def move(source: Tracking, destination: Tracking, told: Callable[[str], None]) -
             copied.
         RunError: the other store did not take something; what it took is complete, and the same call goes on.
     """
-    old, new = source.client, destination.client
-    experiments = [(experiment, _runs(old, experiment.experiment_id)) for experiment in old.search_experiments()]
-    _refuse_running([run for _, runs in experiments for run in runs])
-    places = {experiment.name: _place(new, experiment) for experiment, runs in experiments if runs}
-    there = {name: {_moved_from(run): run for run in _runs(new, place)} for name, place in places.items()}
-    for experiment, runs in experiments:
-        _refuse_other(runs, there.get(experiment.name, {}))
+    old = source.client
+    experiments = {e.name: Tracking(source.uri, e.experiment_id) for e in every_page(old.search_experiments)}
+    runs = {name: experiment.runs() for name, experiment in experiments.items()}
+    total = sum(map(len, runs.values()))
+    _refuse_running([run for some in runs.values() for run in some])
+    places = {name: connect(TrackingConfig(destination.uri, name), ".") for name, some in runs.items() if some}
+    there = {name: {_moved_from(run): run for run in place.runs()} for name, place in places.items()}
+    for name, copies in there.items():
+        _refuse_other(runs[name], copies)
     moved = Moved()
     ids: dict[str, str] = {}
     try:
-        for experiment, runs in experiments:
-            for run in sorted(runs, key=lambda run: PARENT in run.data.tags):  # parents first: children name them
-                found = there[experiment.name].get(run.info.run_id)
-                ids[run.info.run_id] = _copy(old, new, run, found, places[experiment.name], ids, moved)
-                told(f"{experiment.name}: {run.info.run_name} ({moved.runs} of {sum(len(r) for _, r in experiments)})")
-        _copy_models(old, new, ids, moved)
+        for name, place in places.items():
+            for run in sorted(runs[name], key=lambda run: PARENT in run.data.tags):  # parents first: children name them
+                ids[run.info.run_id] = _copy(old, place, run, there[name].get(run.info.run_id), ids, moved)
+                told(f"{name}: {run.info.run_name} ({moved.runs} of {total})")
+        _copy_models(old, destination, ids, moved)
     except MlflowException as error:
         again = "the same command goes on from there"
         raise RunError(f"{destination.uri} did not take all of it ({one_line(error)}); {again}") from error
     return moved
 
 
-def _copy(
-    old: MlflowClient, new: MlflowClient, run: Run, found: Run | None, place: str, ids: dict[str, str], moved: Moved
-) -> str:
+def _copy(old: MlflowClient, place: Tracking, run: Run, found: Run | None, ids: dict[str, str], moved: Moved) -> str:
     """The id of a run's copy, which is complete then."""
     moved.runs += 1
     if found is not None and WHOLE in found.data.tags:
         moved.earlier += 1
         return str(found.info.run_id)
+    new, experiment = place.client, place.experiment_id
     tags = dict(run.data.tags) | {MOVED_FROM: run.info.run_id}
     if PARENT in tags:
         tags[PARENT] = ids.get(tags[PARENT], tags[PARENT])
-    copy = found or new.create_run(place, start_time=run.info.start_time, tags=tags, run_name=run.info.run_name)
+    copy = found or new.create_run(experiment, start_time=run.info.start_time, tags=tags, run_name=run.info.run_name)
     copy_id = str(copy.info.run_id)
-    params = [Param(key, value) for key, value in run.data.params.items()]
-    for first in range(0, len(params), PARAMS_AT_ONCE):
-        new.log_batch(copy_id, params=params[first : first + PARAMS_AT_ONCE])
+    place.log_params(copy_id, [Param(key, value) for key, value in run.data.params.items()])
     values = [Metric(m.key, m.value, m.timestamp, m.step) for m in _values(old, run)]
     for first in range(0, len(values), METRICS_AT_ONCE):  # those that are there already are not doubled
         new.log_batch(copy_id, values[first : first + METRICS_AT_ONCE])
@@ -104,21 +102,19 @@ def _copy_artifacts(old: MlflowClient, new: MlflowClient, run_id: str, copy_id: 
     return len(files)
 
 
-def _copy_models(old: MlflowClient, new: MlflowClient, ids: dict[str, str], moved: Moved) -> None:
-    for model in old.search_registered_models():
-        versions = sorted(old.search_model_versions(f"name = '{model.name}'"), key=lambda v: int(v.version))
-        try:
-            there = {v.tags.get(MOVED_FROM) for v in new.search_model_versions(f"name = '{model.name}'")}
-            new.get_registered_model(model.name)
-        except MlflowException:
-            there = set()
+def _copy_models(old: MlflowClient, destination: Tracking, ids: dict[str, str], moved: Moved) -> None:
+    new = destination.client
+    known = {model.name for model in every_page(new.search_registered_models)}
+    for model in every_page(old.search_registered_models):
+        if model.name not in known:
             new.create_registered_model(model.name, model.tags, model.description)
-        for version in versions:
+        named = f"name = '{model.name}'"
+        there = {version.tags.get(MOVED_FROM) for version in every_page(partial(new.search_model_versions, named))}
+        versions = every_page(partial(old.search_model_versions, named))
+        for version in sorted(versions, key=lambda version: int(version.version)):
             origin = f"{model.name}/{version.version}"
             if origin not in there and version.run_id in ids:
-                copy = ids[version.run_id]
-                source = f"{new.get_run(copy).info.artifact_uri}/checkpoint"
-                new.create_model_version(model.name, source, copy, version.tags | {MOVED_FROM: origin})
+                destination.register(ids[version.run_id], model.name, version.tags | {MOVED_FROM: origin})
                 moved.versions += 1
 
 
@@ -160,21 +156,6 @@ def _files(client: MlflowClient, run_id: str, path: str = "") -> Iterator[tuple[
             yield from _files(client, run_id, entry.path)
         else:
             yield entry.path, entry.file_size
-
-
-def _runs(client: MlflowClient, experiment_id: str) -> list[Run]:
-    runs, token = [], None
-    while True:
-        page: Any = client.search_runs([experiment_id], max_results=PAGE, order_by=["start_time ASC"], page_token=token)
-        runs += list(page)
-        token = page.token
-        if not token:
-            return runs
-
-
-def _place(client: MlflowClient, experiment: Experiment) -> str:
-    found = client.get_experiment_by_name(experiment.name)
-    return str(found.experiment_id if found else client.create_experiment(experiment.name))
 
 
 def _moved_from(run: Run) -> str:

@@ -12,13 +12,15 @@ import math
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
@@ -27,6 +29,8 @@ from gsa.spool import Row, of_system
 from gsa.store import TrackingConfig, refuse_unreachable, store_uri
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
+
+T = TypeVar("T")
 
 KEY, STATE, REASON, PARENT = "gsa.key", "gsa.state", "gsa.reason", "mlflow.parentRunId"
 TOLD = "gsa.told"  # bytes of a run's spool that were logged when it ended
@@ -83,8 +87,12 @@ class Tracking:
         same again changes nothing."""
         self.client.log_text(run_id, config_yaml, "config.yaml")
         entries = [Param(_mlflow_name(k), str(v)[:PARAM_LIMIT]) for k, v in params.items()]
-        for first in range(0, len(entries), PARAMS_AT_ONCE):
-            self.client.log_batch(run_id, params=entries[first : first + PARAMS_AT_ONCE])
+        self.log_params(run_id, entries)
+
+    def log_params(self, run_id: str, params: list[Param]) -> None:
+        """Log many parameters in few requests."""
+        for first in range(0, len(params), PARAMS_AT_ONCE):
+            self.client.log_batch(run_id, params=params[first : first + PARAMS_AT_ONCE])
 
     def describe_data(self, run_id: str, corpus: dict[str, Any], fingerprint: str) -> None:
         """Record the dataset a run trains on."""
@@ -201,27 +209,35 @@ class Tracking:
 
     def children(self, parent: str) -> list[Run]:
         """The runs below a sweep's run, oldest first."""
-        query, runs, token = f"tags.`{PARENT}` = '{parent}'", [], None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id], query, max_results=1000, order_by=["start_time ASC"], page_token=token
-            )
-            runs += list(page)
-            token = page.token
-            if not token:
-                return runs
+        return self.runs(f"tags.`{PARENT}` = '{parent}'")
+
+    def runs(self, query: str = "") -> list[Run]:
+        """The runs of the experiment that a query names, all without one; oldest first."""
+        ask = partial(self.client.search_runs, [self.experiment_id], query, order_by=["start_time ASC"])
+        return every_page(partial(ask, max_results=1000))
 
     def sweeps(self) -> set[str]:
         """The names of all sweeps in the store."""
         runs = self.client.search_runs([self.experiment_id], f"tags.`{OBJECTIVES}` != ''", max_results=1000)
         return {str(run.info.run_name) for run in runs}
 
-    def register(self, run_id: str, name: str) -> str:
+    def register(self, run_id: str, name: str, tags: dict[str, str] | None = None) -> str:
         """Make a run's checkpoint the newest version of a registered model; returns the version."""
         with contextlib.suppress(MlflowException):  # registered before
             self.client.create_registered_model(name)
         source = f"{self.client.get_run(run_id).info.artifact_uri}/checkpoint"
-        return str(self.client.create_model_version(name, source, run_id).version)
+        return str(self.client.create_model_version(name, source, run_id, tags).version)
+
+
+def every_page(ask: Callable[..., PagedList[T]]) -> list[T]:
+    """All that a search of MLflow's client finds; it gives a page at a time."""
+    found, token = [], None
+    while True:
+        page = ask(page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return found
 
 
 def open_store(config: TrackingConfig, storage: str | Path) -> Tracking:

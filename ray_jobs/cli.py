@@ -29,6 +29,8 @@ console = Console()
 errors = Console(stderr=True)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the configuration", metavar="CONFIG", show_default=False)]
+Sweep = Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")]
+Resume = Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to replace", metavar="[key=value]...")]
 Storage = Annotated[Path, typer.Option(help="folder of runs, checkpoints and caches")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: SQLite in the storage folder")]
@@ -61,27 +63,23 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example: `gsa sweep configs/sweep/quickstart.yaml num_samples=20`")
 def sweep(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")] = None,
+    config: Sweep = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")] = None,
+    resume: Resume = None,
     storage: Storage = Path("runs"),
 ) -> None:
     """Search. Ends with the leaderboard and the Pareto front."""
     from ray_jobs.report import show
     from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
 
-    if config is None and resume is None:
-        raise RequestError("gsa sweep: give either a CONFIG to start, or --resume NAME to continue")
+    given = _given("gsa sweep", config, overrides, resume)
     if resume is not None:
         name, folder = resume, str(storage)
-        overrides = [*([] if config is None else [str(config)]), *(overrides or [])]
-        if config is not None and "=" not in str(config):
-            raise RequestError(f"gsa sweep --resume {name}: goes on with its own configuration, not with {config}")
     else:
-        settings = load_sweep(Path(str(config)), overrides)
+        settings = load_sweep(Path(given[0]), given[1:])
         name, folder = settings.name, settings.train.storage
     try:
-        report = resume_sweep(name, folder, console, overrides) if resume is not None else run_sweep(settings, console)
+        report = resume_sweep(name, folder, console, given) if resume is not None else run_sweep(settings, console)
     except KeyboardInterrupt:
         _interrupted(f"gsa sweep --resume {name}{_storage_option(folder)}")
     except RunError as error:
@@ -92,9 +90,9 @@ def sweep(
 
 @app.command(epilog="Example: `gsa submit configs/sweep/quickstart.yaml train.storage=/shared/runs`")
 def submit(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")] = None,
+    config: Sweep = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")] = None,
+    resume: Resume = None,
     address: Address = "http://127.0.0.1:8265",
     working_dir: Annotated[Path, typer.Option(help="folder that is uploaded: the project's root")] = Path("."),
     wait: Annotated[bool, typer.Option(help="follow the job's output to its end")] = True,
@@ -103,9 +101,7 @@ def submit(
     """Run a sweep as a job on a Ray cluster. The job goes on when this command is interrupted."""
     from ray_jobs import submit as jobs
 
-    given = [*([] if config is None else [str(config)]), *(overrides or [])]
-    if (config is None or "=" in str(config)) == (resume is None):
-        raise RequestError("gsa submit: give either a CONFIG to start, or --resume NAME to continue")
+    given = _given("gsa submit", config, overrides, resume)
     if resume is not None:
         submission = jobs.resumed_sweep(resume, storage, given, working_dir)
     else:
@@ -339,6 +335,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _given(command: str, config: Path | None, overrides: list[str] | None, resume: str | None) -> list[str]:
+    """The configuration and the overrides of a sweep to start, or the overrides of one to resume."""
+    if config is None and resume is None:
+        raise RequestError(f"{command}: give either a CONFIG to start, or --resume NAME to continue")
+    if resume is not None and config is not None and "=" not in str(config):
+        raise RequestError(f"{command} --resume {resume}: goes on with its own configuration, not with {config}")
+    return [*([] if config is None else [str(config)]), *(overrides or [])]
 
 
 def _print_error(text: str) -> None:

@@ -29,6 +29,7 @@ from gsa.tracking import KEY, TOLD, Tracking
 from gsa.training.steps import steps
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, apply, follow
 from ray_jobs.runs import RunInfo
+from ray_jobs.signals import stops_go_to
 
 logger = logging.getLogger(__name__)
 
@@ -188,13 +189,9 @@ class MlflowWriter:
 
     def start(self) -> None:
         """Call it in the main thread."""
-        # its child begins with that: a Ray job's stop goes to all of its processes, but the sweep says when to end
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        # its child begins with that: the sweep says when to end
+        with stops_go_to(signal.SIG_IGN):
             self._process.start()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         self._theirs.close()
 
     def finish(self, patience: float) -> str:

@@ -9,15 +9,14 @@ A job that fails ends its group, and the next trial starts another. What a group
 
 import asyncio
 import logging
-import threading
 import uuid
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gsa.background import apart
 from gsa.training.workers import Workers, WorkersConfig
 from ray_jobs.job import Job
 from ray_jobs.worker import Report, note_resources, release, run_workers, work
@@ -57,10 +56,10 @@ class Group:
         self.workers, self.folder = workers, folder
         self.name = f"gsa-workers-{uuid.uuid4().hex}"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        mailbox = Mailbox.options(name=self.name, scheduling_strategy=here)  # type: ignore[attr-defined]
-        self._mailbox: Any = mailbox.remote(workers.num_workers)
-        self._run: Future[None] = Future()
-        threading.Thread(target=self._start, daemon=True).start()
+        mailbox: Any = ray.remote(num_cpus=0)(Mailbox)
+        self._mailbox = mailbox.options(name=self.name, scheduling_strategy=here).remote(workers.num_workers)
+        self._run = apart(self._start)
+        self._run.add_done_callback(lambda _: self._mailbox.say.remote(None))
 
     @property
     def ended(self) -> bool:
@@ -91,14 +90,10 @@ class Group:
         arguments = {"mailbox": self._mailbox, "note": str(note)}
         try:
             run_workers(_serve, arguments, self.workers, self.name, self.folder)
-            self._run.set_result(None)
-        except Exception as error:  # noqa: BLE001 - raised again in the trial's own thread
-            self._run.set_exception(error)
-        release(note)
-        self._mailbox.say.remote(None)
+        finally:
+            release(note)
 
 
-@ray.remote(num_cpus=0)
 class Mailbox:
     """Takes jobs to every worker, and their metrics back; gone when the process that made it is."""
 

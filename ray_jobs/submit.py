@@ -23,10 +23,10 @@ from ray.dashboard.modules.job.common import JobStatus
 from ray.dashboard.modules.job.sdk import JobSubmissionClient
 from rich.console import Console
 
-from gsa.config import build, check_name, read_yaml
+from gsa.config import check_name
 from gsa.errors import ConfigError, RequestError, RunError, one_line
 from ray_jobs.space import Space
-from ray_jobs.sweep import SweepConfig
+from ray_jobs.sweep import read_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ def new_sweep(path: Path, overrides: list[str], working_dir: Path) -> Submission
         RequestError: the configuration is wrong, or lies outside what is uploaded.
     """
     inside = _inside(path, working_dir)
-    data = read_yaml(path)
-    data.setdefault("name", path.stem)
-    config = build(SweepConfig, data, overrides)
+    config = read_sweep(path, overrides)
     Space(config.space, dataclasses.asdict(config.train))
     command = shlex.join(["python", "-m", "ray_jobs.sweep", str(inside), *overrides])
     return Submission(config.name, command, working_dir)
@@ -73,10 +71,8 @@ def submit(submission: Submission, address: str) -> tuple[JobSubmissionClient, s
     Raises:
         RequestError: the upload is too large, or there is no head that takes it.
     """
-    _quiet()
-    refuse_large(submission.working_dir)
     client = connected(address)
-    _quiet()  # again: the client sets Ray's level anew
+    refuse_large(submission.working_dir)
     job = f"{submission.sweep}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     environment = {
         "working_dir": str(submission.working_dir),
@@ -149,12 +145,15 @@ def connected(address: str) -> JobSubmissionClient:
     except requests.RequestException as error:
         raise RequestError(f"--address {address}: no Ray head answers there ({_cause(error)})") from error
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except ray.exceptions.AuthenticationError as error:
         how = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
         raise RequestError(f"--address {address}: the head refused the token, or there was none; {how}") from error
     except (ConnectionError, RuntimeError, requests.RequestException) as error:
         raise RequestError(f"--address {address}: is not a Ray head ({one_line(error)})") from error
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of each file that an upload leaves out
+    return client
 
 
 def refuse_large(working_dir: Path) -> None:
@@ -171,12 +170,6 @@ def refuse_large(working_dir: Path) -> None:
         largest = ", ".join(f"{name} {n / MIB:.1f} MiB" for name, n in parts.most_common(3))
         allowed = f"{size / MIB:.0f} MiB packed, Ray takes {DASHBOARD_CLIENT_MAX_SIZE / MIB:.0f}"
         raise RequestError(f"--working-dir {working_dir}: {allowed}; largest: {largest}: name them in .rayignore")
-
-
-def _quiet() -> None:
-    """Ray tells of each file that an upload leaves out."""
-    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _inside(path: Path, working_dir: Path) -> Path:

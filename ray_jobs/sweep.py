@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +43,7 @@ from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
 from ray_jobs.reporting.page import to_html
 from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.searcher import GsaSearcher
+from ray_jobs.signals import stops_go_to
 from ray_jobs.space import Space
 from ray_jobs.storage import locked, settle
 from ray_jobs.studies import SearcherConfig, Studies
@@ -97,16 +97,21 @@ class SweepConfig:
 
 
 def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
-    """Read a sweep's configuration.
+    """Read the configuration of a sweep that is to run here.
 
     Raises:
         RequestError: as `gsa.config.load_config`.
     """
-    data = read_yaml(Path(path))
-    data.setdefault("name", Path(path).stem)
-    config = build(SweepConfig, data, overrides)
+    config = read_sweep(path, overrides)
     settle(config.train, "train.storage")
     return config
+
+
+def read_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+    """Read a sweep's configuration; its paths may be those of another machine."""
+    data = read_yaml(Path(path))
+    data.setdefault("name", Path(path).stem)
+    return build(SweepConfig, data, overrides)
 
 
 def run_sweep(config: SweepConfig, console: Console) -> Report:
@@ -295,12 +300,8 @@ def _signals(searcher: GsaSearcher) -> Iterator[None]:
         logger.warning("interrupted: ending the trials that run; once more ends at once")
 
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stops_go_to(interrupt):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

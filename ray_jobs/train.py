@@ -8,12 +8,11 @@ Everything of a run is in `STORAGE/train/NAME`; run again, it goes on from its n
 import contextlib
 import dataclasses
 import logging
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +20,7 @@ from ray.train import TrainingFailedError
 from rich.console import Console
 
 from gsa import spool
-from gsa.background import every
+from gsa.background import apart, every
 from gsa.config import TrainConfig, load_config
 from gsa.data.packing import prepare
 from gsa.errors import RunError, one_line
@@ -33,6 +32,7 @@ from ray_jobs.job import Job
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.runs import TrainContext
+from ray_jobs.signals import stops_go_to
 from ray_jobs.storage import locked, settle
 from ray_jobs.worker import RESOURCES, fit, release, root_cause
 
@@ -86,7 +86,7 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         writer = MlflowWriter(tracking, record.path, context)
         writer.start()
         try:
-            with _terminable(), _progress(folder, steps, console):
+            with stops_go_to(_interrupt), _progress(folder, steps, console):
                 _fit_apart(Job(asked, str(folder)))
             record.end(config.name, COMPLETE)
         except (RunError, TrainingFailedError) as error:
@@ -106,41 +106,21 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
 
 def _fit_apart(job: Job) -> None:
     """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            fit(job)
-            outcome.set_result(None)
-        except Exception as error:  # noqa: BLE001 - raised again below, in the main thread
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    outcome = apart(partial(fit, job))
     try:
         outcome.result()
     except KeyboardInterrupt:
         # without its workers the trainer ends; Ray must not be shut down under a thread that still uses it
         deadline = time.monotonic() + 30
-        while thread.is_alive() and time.monotonic() < deadline:
+        while not outcome.done() and time.monotonic() < deadline:
             release(Path(job.folder) / RESOURCES)
-            thread.join(0.2)
+            wait([outcome], timeout=0.2)
         raise
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """A job's stop (SIGTERM) is an interruption like Ctrl-C; so is SIGINT where a shell began this with it ignored."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Also where a shell began this with SIGINT ignored."""
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

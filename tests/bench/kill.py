@@ -22,7 +22,7 @@ import psutil
 from ray_jobs.record import COMPLETE, Record
 from tests.bench.trial import RATE
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import SPACE, write_sweep
+from tests.ray_jobs.test_sweep import SPACE, trial_processes, write_sweep
 
 PORT = 6391  # of a cluster's head
 PAUSES = {"driver": (2, 16), "worker": (0.2, 2), "head": (8, 30)}  # seconds before a kill, from the driver's start
@@ -69,11 +69,7 @@ class Cluster:
             self.stop()
             driver.wait(timeout=300)  # it notices by itself
         elif self.what == "worker":
-            trials = []
-            for process in psutil.Process(driver.pid).children(recursive=True) if there else []:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if " ".join(process.cmdline()).startswith("ray::ImplicitFunc"):
-                        trials.append(process)
+            trials = trial_processes(driver.pid) if there else []
             there = bool(trials)
             if trials:
                 draw.choice(trials).kill()

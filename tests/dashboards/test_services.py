@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from torch.testing import assert_close
 
-from dashboards.services import HOST, Services
+from dashboards.services import HOST, SERVERS, Services, postgres_program
 from gsa import load_checkpoint
 from gsa.errors import RequestError
 from gsa.move import move
@@ -28,12 +28,13 @@ from ray_jobs.sweep import load_sweep, run_sweep
 from tests.draw import Draw
 from tests.ray_jobs.test_sweep import QUIET, write_sweep
 
-HAS_POSTGRES = bool(shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres")))
-pytestmark = pytest.mark.skipif(not HAS_POSTGRES, reason="PostgreSQL is not installed: apt install postgresql")
-
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    try:
+        postgres_program("postgres")
+    except RequestError as error:
+        pytest.skip(str(error))
     base = tmp_path_factory.mktemp("services")
     for folder in (base, *base.parents):  # PostgreSQL runs as another user where we are root
         if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
@@ -66,7 +67,7 @@ def test_a_sweep_goes_there_by_one_setting_and_is_there_after_a_restart(
     report = run_sweep(load_sweep(path, [f"train.tracking.uri={user.uri}"]), QUIET)
     assert not (tmp_path / "runs/mlflow.db").exists()
     user.stop()
-    assert all(user.process(name) is None for name in ("postgres", "s3", "mlflow"))
+    assert all(user.process(name) is None for name in SERVERS)
     user.start()
     client = MlflowClient(user.uri)
     run = client.get_run(str(report.trials[0]["run_id"]))
@@ -160,7 +161,7 @@ def test_nobody_comes_in_without_a_password(services: Services, monkeypatch: pyt
 
 
 def test_nothing_listens_beyond_localhost(services: Services) -> None:
-    for name in ("postgres", "s3", "mlflow"):
+    for name in SERVERS:
         process = services.process(name)
         assert process is not None
         for one in (process, *process.children(recursive=True)):
@@ -178,7 +179,7 @@ def test_passwords_are_in_private_files_and_nowhere_else(services: Services) -> 
 
 
 def test_what_died_is_started_again_and_the_rest_left_alone(services: Services) -> None:
-    before = {name: services.process(name) for name in ("postgres", "s3", "mlflow")}
+    before = {name: services.process(name) for name in SERVERS}
     assert before["s3"] is not None
     before["s3"].kill()
     before["s3"].wait()

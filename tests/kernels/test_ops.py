@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from kernels.attend import attend
 from kernels.divergence import divergence
 from kernels.select import select
+from kernels.support import problem
 from kernels.windows import spread, visible
 from kernels.words import pack, unpack
 from tests.draw import INDEXERS, Draw
@@ -234,3 +235,9 @@ def test_fixed_point_gradients_do_not_depend_on_order(draw: Draw) -> None:
         out, _ = attend(*inputs, True)
         found.append(torch.autograd.grad(out.sum(), inputs[:3]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_machine_is_a_constant_to_the_compiler() -> None:
+    """What PyTorch's own decorator marks, without its import (`kernels.support.problem`)."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(problem).items() >= vars(marked).items() > {}.items()

@@ -1,16 +1,14 @@
 """Trials of several workers: started once, freed where their trial's process dies, new after a failure."""
 
 import contextlib
-import signal
 import subprocess
 from pathlib import Path
 
-import psutil
-
+from gsa import load_checkpoint
 from gsa.errors import RunError
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, Record
 from tests.draw import Draw
-from tests.ray_jobs.test_sweep import check_whole, command, run, wait_for, write_sweep
+from tests.ray_jobs.test_sweep import check_whole, command, run, trial_processes, wait_for, write_sweep
 
 HELD_OUT = [{"metric": "held_out_loss"}]
 RATE = "training.optimizer.learning_rate"
@@ -29,10 +27,13 @@ def test_workers_outlast_trials_that_end_or_pause(draw: Draw, tmp_path: Path) ->
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, dense_baseline=False)
     scheduler = "scheduler={kind: halving, grace_period: 8, reduction_factor: 2}"
     report = run(path, "train.workers.num_workers=2", "objectives=[{metric: held_out_loss}]", scheduler)
+    assert len(report.trials) == 3
     assert {trial["state"] for trial in report.trials} <= {"finished", "stopped_early"}
     states = [entry.state for entry in Record(tmp_path / "runs/sweeps/small/record.jsonl").trials()]
     assert len(states) == 3
     assert PAUSED in states
+    assert FAIL not in states
+    load_checkpoint(tmp_path / "runs/sweeps/small/trials" / str(report.best))
     assert groups(tmp_path) == 1
     assert not notes(tmp_path)  # nothing is held any more
 
@@ -59,10 +60,8 @@ def test_workers_whose_trial_is_killed_are_let_go(draw: Draw, tmp_path: Path) ->
     )
     process = subprocess.Popen(command("sweep", str(path), "train.workers.num_workers=2"), stdout=subprocess.DEVNULL)
     wait_for(lambda: notes(tmp_path))
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if " ".join(child.cmdline()).startswith("ray::ImplicitFunc"):
-                child.send_signal(signal.SIGKILL)
+    for trial in trial_processes(process.pid):
+        trial.kill()
     assert process.wait(timeout=200) == 0
     assert groups(tmp_path) == 2
     check_whole(tmp_path / "runs", 2)

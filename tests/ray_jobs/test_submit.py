@@ -1,21 +1,13 @@
 """Sweeps as jobs on a head that asks for a token: refused, followed, dropped, stopped, resumed."""
 
-import contextlib
 import io
-import os
 import secrets
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray.dashboard.modules.job.common import JobStatus
 from rich.console import Console
@@ -26,6 +18,7 @@ from ray_jobs import submit
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.submit import refuse_large
 from tests.draw import Draw
+from tests.ray_jobs.head import RAY, running_head
 from tests.ray_jobs.store import Store
 from tests.ray_jobs.test_sweep import ROOT, command, lines, wait_for, write_sweep
 
@@ -34,42 +27,8 @@ Environment = dict[str, str]
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    """A head of its own, on free ports; what a client needs to reach it."""
-    folder = tmp_path_factory.mktemp("head")
-    token = folder / "token"
-    write_private(token, secrets.token_hex(32))
-    gcs, dashboard, agent = free_ports(3)
-    bin_folder = Path(sys.executable).parent
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
-    environment |= {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
-    environment.pop("RAY_ADDRESS", None)
-    start = ["ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2", "--disable-usage-stats"]
-    start += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    short = tempfile.mkdtemp(prefix="gsa")  # the names of sockets have a limit
-    start += [f"--temp-dir={short}"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(start, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_for(lambda: answers(address))
-        yield environment | {"RAY_API_SERVER_ADDRESS": address}
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for one in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.wait()
-        shutil.rmtree(short, ignore_errors=True)
-
-
-def answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(address, timeout=1).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
+    with running_head(tmp_path_factory.mktemp("head")) as client:
+        yield client
 
 
 def gsa(environment: Environment, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -84,8 +43,9 @@ def only_job(output: str) -> str:
 
 
 def ray_job(environment: Environment, *arguments: str) -> str:
-    words = [str(Path(sys.executable).with_name("ray")), "job", *arguments]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        [RAY, "job", *arguments], env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
     return done.stdout + done.stderr
 
 
@@ -128,7 +88,7 @@ def test_a_job_that_fails_is_told_with_the_way_on(tmp_path: Path, head: Environm
 def test_who_is_refused_is_told_in_one_line(tmp_path: Path, head: Environment, how: str) -> None:
     path = write_sweep(tmp_path, 0)
     write_private(tmp_path / "wrong", secrets.token_hex(32))
-    there, elsewhere = head["RAY_API_SERVER_ADDRESS"], f"http://127.0.0.1:{free_ports(1)[0]}"
+    there, elsewhere = head["RAY_ADDRESS"], f"http://127.0.0.1:{free_ports(1)[0]}"
     change, address, words = {
         "no token": ({"RAY_AUTH_MODE": "disabled"}, there, "refused the token"),
         "wrong token": ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}, there, "refused the token"),

@@ -1,14 +1,10 @@
 """One run through Ray Train: workers, interruption, failure, and what MLflow holds of it."""
 
-import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from torch.testing import assert_close
 
 from gsa import load_checkpoint
 from gsa.training.steps import steps
+from tests.bench.outage import Server
 from tests.draw import Draw
 from tests.ray_jobs.store import Store
 from tests.text import tiny
@@ -115,21 +112,9 @@ def test_other_settings_under_the_same_name_are_refused_and_change_nothing(draw:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     """An MLflow server of its own, with its artifacts, on a free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    for _ in range(200):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}/health", timeout=1):
-            break
-        time.sleep(0.2)
-    yield uri
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=60)
+    server = Server(tmp_path)
+    yield server.uri
+    server.kill()
 
 
 def test_runs_and_checkpoints_go_to_a_tracking_server(draw: Draw, tmp_path: Path, server: str) -> None:
