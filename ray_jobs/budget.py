@@ -1,12 +1,12 @@
 """What a sweep may spend: time, GPU-hours and money, over all of its lives."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from gsa.errors import ConfigError
 from gsa.settings import setting
 from gsa.training.workers import WorkersConfig
+from ray_jobs.capacity import NodeType, fitting, worker_resources
 from ray_jobs.record import Entry, Event
 
 
@@ -26,14 +26,6 @@ class BudgetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Node:
-    """What a node has."""
-
-    type: str
-    resources: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
 class Cost:
     """What training has cost."""
 
@@ -48,10 +40,10 @@ class Budget:
     Args:
         config: the bounds.
         workers: of one trial.
-        nodes: of the cluster. A trial pays for its share of the node type with the most of what it asks for.
+        nodes: that the cluster has or may start. A trial pays for its share of the node type with the most GPUs.
     """
 
-    def __init__(self, config: BudgetConfig, workers: WorkersConfig, nodes: Iterable[Node]) -> None:
+    def __init__(self, config: BudgetConfig, workers: WorkersConfig, nodes: Iterable[NodeType]) -> None:
         self.config, self.workers = config, workers
         self.price = self._price(list(nodes))
 
@@ -83,20 +75,22 @@ class Budget:
                 return f"budget.{name} = {bound:g} is spent ({value:.3g})"
         return ""
 
-    def _price(self, nodes: list[Node]) -> float:
+    def _price(self, nodes: list[NodeType]) -> float:
         """Of an hour of one trial."""
         if not self.config.prices:
             return 0.0
-        asked = {"CPU": self.workers.cpus_per_worker, "GPU": self.workers.gpus_per_worker}
-        able = [n for n in nodes if all(n.resources.get(name, 0) >= each for name, each in asked.items())]
+        asked = worker_resources(self.workers)
+        able = [node for node in nodes if fitting(node.resources, asked)]
+        if not able and self.config.money is not None:
+            raise ConfigError("budget.money", self.config.money, "cannot be kept: no node that is known holds a trial")
         if not able:
             return 0.0
         node = max(able, key=lambda n: n.resources.get("GPU", 0))
-        share = max(each / node.resources[name] for name, each in asked.items() if each)
-        price = self.config.prices.get(node.type, self.config.prices.get("default"))
+        share = max(each / node.resources[name] for name, each in asked.items())
+        price = self.config.prices.get(node.name, self.config.prices.get("default"))
         if price is None:
             known = ", ".join(sorted(self.config.prices))
-            raise ConfigError("budget.prices", node.type, f"has no price; there are prices of {known}, and no default")
+            raise ConfigError("budget.prices", node.name, f"has no price; there are prices of {known}, and no default")
         return price * share * self.workers.num_workers
 
 
@@ -109,9 +103,3 @@ def wall_seconds(events: Iterable[Event], now: float) -> float:
             began = event["time"]
         last = event["time"]
     return total + (now - began if began is not None else 0.0)
-
-
-def cluster_nodes(found: Iterable[Mapping[str, Any]]) -> list[Node]:
-    """The nodes that `ray.nodes()` gives, by the type that the autoscaler knows them as."""
-    alive = (node for node in found if node.get("Alive", True))
-    return [Node(str(n.get("Labels", {}).get("ray.io/node-group", "default")), n["Resources"]) for n in alive]

@@ -1,22 +1,27 @@
 """The Ray cluster: started in this process, or joined; and whether a run can ever fit on it."""
 
 import logging
-import math
 import os
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import psutil
 import ray
-import ray._private.state
+import yaml
+from ray._common.usage.usage_constants import KUBERAY_ENV
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gsa.errors import ConfigError, RequestError, one_line
 from gsa.training.workers import WorkersConfig
+from ray_jobs.capacity import Fleet, NodeType, configured_fleet
 
 logger = logging.getLogger(__name__)
 
+NODE_GROUP = "ray.io/node-group"  # Ray's label of a node: its type
 PROBE = 30  # seconds that a node has to say what its GPUs are
 
 
@@ -104,29 +109,46 @@ def _gpu_bytes() -> int:
     return min(int(line) for line in told.splitlines()) * 2**20
 
 
-def concurrent_runs(workers: WorkersConfig, key: str = "workers") -> int:
+def fleet() -> Fleet:
+    """The nodes of this cluster, and those that it may grow by."""
+    config = _autoscaling()
+    if config is not None:
+        return configured_fleet(config)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Fleet([NodeType(node["Labels"].get(NODE_GROUP, "default"), node["Resources"], 1) for node in alive])
+
+
+def _autoscaling() -> dict[str, Any] | None:
+    """What this cluster's autoscaler was told; `None` where nothing scales.
+
+    Ray tells it to nobody else (its `get_max_resources_from_cluster_config` answers on Anyscale alone). The autoscaler
+    runs on the head, as jobs do.
+    """
+    own = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        for word in words if own in words else []:
+            key, _, path = word.partition("=")
+            if key == "--autoscaling-config":
+                config: dict[str, Any] = yaml.safe_load(Path(path).expanduser().read_text())
+                return config
+    return None
+
+
+def concurrent_runs(workers: WorkersConfig, key: str = "workers", asked: int | None = None) -> int:
     """How many runs of this size the cluster holds at once.
+
+    Args:
+        key: of `workers` in the configuration.
+        asked: how many at most.
 
     Raises:
         ConfigError: not even one; it would wait for ever.
     """
-    total = dict(ray.cluster_resources())
-    growth = ray._private.state.state.get_max_resources_from_cluster_config()  # None where nothing scales
-    for resource, most in (growth or {}).items():
-        total[resource] = max(total.get(resource, 0), most)
-    room = math.inf
-    for name, resource, each in (
-        ("cpus_per_worker", "CPU", workers.cpus_per_worker),
-        ("gpus_per_worker", "GPU", workers.gpus_per_worker),
-    ):
-        if not each:
-            continue
-        there = total.get(resource, 0)
-        allowed = f"the cluster has {there:g} {resource}s in all"
-        if each > there:
-            raise ConfigError(f"{key}.{name}", each, f"can never be scheduled: {allowed}")
-        if each * workers.num_workers > there:
-            needed = f"needs {each * workers.num_workers:g} {resource}s"
-            raise ConfigError(f"{key}.num_workers", workers.num_workers, f"{needed} and {allowed}")
-        room = min(room, there // (each * workers.num_workers))
-    return max(1, int(room))
+    if KUBERAY_ENV in os.environ:  # its autoscaler runs beside the head, and knows what it may start from Kubernetes
+        if asked is None:
+            allowed = "must be set on Kubernetes, where Ray does not tell how many nodes there may be"
+            raise ConfigError("max_concurrent_trials", None, allowed)
+        return asked
+    room = fleet().runs(workers, key)
+    return min(room, asked or room)

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import ray
 from rich.console import Console
 
 from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, to_yaml
@@ -29,8 +28,9 @@ from gsa.evaluation.gate import check_trainable
 from gsa.settings import setting
 from gsa.tracking import OBJECTIVES, Tracking, connect, git_tags
 from gsa.training.loop import total_steps
-from ray_jobs.budget import Budget, BudgetConfig, cluster_nodes
-from ray_jobs.cluster import concurrent_runs, running, worker_memory
+from ray_jobs.budget import Budget, BudgetConfig
+from ray_jobs.capacity import worker_resources
+from ray_jobs.cluster import concurrent_runs, fleet, running, worker_memory
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
@@ -169,8 +169,8 @@ class Sweep:
         self._refuse_namesake(tracking)
         earlier = self._earlier(tracking)
         with locked(self.folder, f"sweep {config.name!r}"), running():
-            room = concurrent_runs(config.train.workers, "train.workers")
-            budget = Budget(config.budget, config.train.workers, cluster_nodes(ray.nodes()))
+            concurrent = concurrent_runs(config.train.workers, "train.workers", config.max_concurrent_trials)
+            budget = Budget(config.budget, config.train.workers, fleet().types)
             self._save()
             parent = self._start_parent(tracking, data, budget)
             context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())
@@ -183,7 +183,6 @@ class Sweep:
                         record.propose(entry)
                 if config.dense_baseline and BASELINE not in record.entries:
                     record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
-                concurrent = min(room, config.max_concurrent_trials or room)
                 searcher = self._searcher(record, steps, budget, data)
                 self._search(searcher, record, context, steps, concurrent)
             finally:
@@ -219,7 +218,7 @@ class Sweep:
             return
         record.begin()
         config, workers = self.config, self.config.train.workers
-        resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+        resources = worker_resources(workers)
         if workers.num_workers > 1:
             # it only waits for its workers, which ask for theirs; `concurrent` keeps room for them
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for

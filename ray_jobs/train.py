@@ -79,7 +79,7 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
     tracking = connect(config.tracking, config.storage)
     context = TrainContext(config.name, str(folder), git_tags())
     with locked(folder, f"run {config.name!r}"), running():
-        concurrent_runs(config.workers)
+        concurrent_runs(config.workers, asked=1)
         record = Record(folder / "record.jsonl")
         entry = Entry(config.name, {}, {})
         record.propose(entry)  # again where it goes on: MLflow is then told so

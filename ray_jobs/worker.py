@@ -5,6 +5,7 @@ The first worker alone writes what MLflow is to know, to the run's spool; result
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ray._raylet import PlacementGroupID
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from gsa.config import flatten, to_yaml
@@ -25,8 +27,10 @@ from gsa.spool import Spool, system_metrics
 from gsa.training.loop import Trainer
 from gsa.training.steps import steps
 from gsa.training.workers import Workers, WorkersConfig
+from ray_jobs.capacity import worker_resources
 from ray_jobs.job import Job
 
+COORDINATOR = "AutoscalingCoordinator"  # the actor to which Ray Train says what it needs
 RESOURCES = ".placement_group"  # file in a run's folder that names what its workers hold
 
 # what would fail again in the same way: a loss that is not finite, a setting that cannot be, too little memory
@@ -55,14 +59,13 @@ def run_workers(
         RunError: it would fail again in the same way; the message is the worker's own.
         ray.train.TrainingFailedError: anything else, a worker that was lost for example.
     """
-    resources = {"CPU": workers.cpus_per_worker}
-    if workers.gpus_per_worker:
-        resources["GPU"] = workers.gpus_per_worker
     trainer = TorchTrainer(
         function,
         train_loop_config=arguments,
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=workers.num_workers,
+            use_gpu=workers.gpus_per_worker > 0,
+            resources_per_worker=worker_resources(workers),
         ),
         run_config=RunConfig(
             name=name, storage_path=str(home / ".ray_train"), failure_config=FailureConfig(max_failures=0)
@@ -78,24 +81,28 @@ def run_workers(
 
 
 def note_resources(note: Path) -> None:
-    """Write down, in a worker of Ray Train, what its workers hold."""
+    """Write down, in a worker of Ray Train, what its workers hold and what was asked of the autoscaler for them."""
     group = get_current_placement_group()
     assert group is not None  # Ray Train's workers always stand in one
+    request = f"train-{get_train_context().train_run_context.run_id}"
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(group.id.hex())
+    note.write_text(json.dumps({"placement_group": group.id.hex(), "request": request}))
 
 
 def release(note: Path) -> None:
     """Free what workers hold that wrote this note, if there are any.
 
     Ray Train does so itself where it ends by itself. Where it is stopped from outside, it relies on the state API of
-    the dashboard, and without one its placement group stays for ever: the next run waits in vain (ray#54305).
+    the dashboard, and without one its placement group stays for ever: the next run waits in vain (ray#54305). Its
+    request stands for another three minutes, in which the autoscaler starts nodes for it that nobody uses.
     """
     try:
-        held = note.read_text()
+        held = json.loads(note.read_text())
     except FileNotFoundError:
         return
-    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held))))
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held["placement_group"]))))
+    with contextlib.suppress(ValueError):  # there is no autoscaling
+        ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(held["request"])
     note.unlink(missing_ok=True)  # who else lets go at this moment has deleted it
 
 

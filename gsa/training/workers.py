@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gsa.errors import ConfigError
 from gsa.settings import setting
 
 
@@ -14,6 +15,11 @@ class WorkersConfig:
     num_workers: int = setting(1, "data-parallel workers", ge=1)
     cpus_per_worker: float = setting(1.0, "CPUs of each worker", gt=0)
     gpus_per_worker: float = setting(0.0, "GPUs of each worker; a fraction shares a GPU between trials", ge=0)
+    accelerator_type: str | None = setting(None, "GPU that each worker needs, as Ray names it: L40S, H100; null is any")
+
+    def check(self, prefix: str) -> None:
+        if self.accelerator_type is not None and not self.gpus_per_worker:
+            raise ConfigError(f"{prefix}.accelerator_type", self.accelerator_type, "needs gpus_per_worker > 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,10 @@ from mlflow.entities import Run
 
 
 class Store:
-    def __init__(self, folder: Path) -> None:
-        self.client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    """The store of a folder, or the one that a client knows."""
+
+    def __init__(self, where: Path | MlflowClient) -> None:
+        self.client = MlflowClient(f"sqlite:///{where / 'mlflow.db'}") if isinstance(where, Path) else where
 
     def runs(self) -> list[Run]:
         experiment = self.client.get_experiment_by_name("gsa")

@@ -6,11 +6,12 @@ import pytest
 
 from gsa.errors import ConfigError
 from gsa.training.workers import WorkersConfig
-from ray_jobs.budget import Budget, BudgetConfig, Node, wall_seconds
+from ray_jobs.budget import Budget, BudgetConfig, wall_seconds
+from ray_jobs.capacity import NodeType
 from ray_jobs.record import Entry, Record
 from tests.draw import Draw
 
-GPU_NODE, CPU_NODE = Node("gpu8", {"CPU": 64, "GPU": 8}), Node("head", {"CPU": 4})
+GPU_NODE, CPU_NODE = NodeType("gpu8", {"CPU": 64, "GPU": 8}, 1), NodeType("head", {"CPU": 4}, 1)
 PRICES = {"gpu8": 32.0, "default": 1.0}
 
 
@@ -61,6 +62,8 @@ def test_time_between_lives_does_not_count(tmp_path: Path) -> None:
 def test_prices_that_are_missing_are_named() -> None:
     with pytest.raises(ConfigError, match=r"budget\.prices = 'gpu8': has no price; there are prices of head"):
         Budget(BudgetConfig(prices={"head": 1.0}), WorkersConfig(1, 1, 1), [GPU_NODE])
+    with pytest.raises(ConfigError, match=r"budget\.money = 5\.0: cannot be kept"):
+        Budget(BudgetConfig(money=5.0, prices=PRICES), WorkersConfig(1, 1, 1), [CPU_NODE])
     with pytest.raises(ConfigError, match="needs prices"):
         BudgetConfig(money=5.0).check("budget")
     with pytest.raises(ConfigError, match="must be >= 0"):

@@ -11,14 +11,16 @@ import pytest
 import yaml
 
 from tests.draw import Draw
-from tests.ray_jobs.head import RAY, running_head
+from tests.ray_jobs.head import running_head
+from tests.ray_jobs.nodes import RAY
 from tests.ray_jobs.store import Store
 from tests.ray_jobs.test_sweep import ROOT, write_sweep
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    with running_head(tmp_path) as client:
+    with running_head(tmp_path) as running:
+        client = running.environment
         for _ in range(40):  # until its agent takes jobs
             job = subprocess.run([RAY, "job", "submit", "--", "true"], env=client, capture_output=True, check=False)
             if job.returncode == 0:

@@ -18,7 +18,8 @@ from ray_jobs import submit
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.submit import refuse_large
 from tests.draw import Draw
-from tests.ray_jobs.head import RAY, running_head
+from tests.ray_jobs.head import running_head
+from tests.ray_jobs.nodes import RAY
 from tests.ray_jobs.store import Store
 from tests.ray_jobs.test_sweep import ROOT, command, lines, wait_for, write_sweep
 
@@ -27,8 +28,8 @@ Environment = dict[str, str]
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    with running_head(tmp_path_factory.mktemp("head")) as client:
-        yield client
+    with running_head(tmp_path_factory.mktemp("head")) as head:
+        yield head.environment
 
 
 def gsa(environment: Environment, *arguments: str) -> "subprocess.CompletedProcess[str]":
