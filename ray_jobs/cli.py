@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from gsa.errors import RequestError, RunError
@@ -233,20 +234,30 @@ def move(
     _next(f"export MLFLOW_TRACKING_URI={uri}    # gsa commands and resumed sweeps use it from now on")
 
 
-@app.command(epilog="Example: `gsa doctor`")
-def doctor(storage: Storage = Path("runs")) -> None:
-    """What this machine can and cannot do, and why."""
-    from ray_jobs.doctor import examine
+@app.command(epilog="Example: `gsa doctor --cluster cluster.yaml --sweep configs/sweep/quickstart.yaml`")
+def doctor(
+    storage: Storage = Path("runs"),
+    cluster: Annotated[Path | None, typer.Option(help="check this file of `ray up` or KubeRay, with no cloud")] = None,
+    sweep: Annotated[list[Path] | None, typer.Option(help="with --cluster: can it run there? may be repeated")] = None,
+) -> None:
+    """What this machine, or a cluster that is not there yet, can and cannot do, and why."""
+    from ray_jobs.doctor import examine, examine_cluster
 
-    findings = examine(storage)
+    if sweep and cluster is None:
+        raise RequestError("gsa doctor --sweep: needs --cluster, the file of the cluster that it is to run on")
+    findings = examine(storage) if cluster is None else examine_cluster(cluster, sweep or [])
     table = Table("", "what", "found", show_header=False)
     for finding in findings:
         mark = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "[yellow]no[/]"}[finding.ok]
-        table.add_row(mark, finding.name, finding.detail)
+        table.add_row(mark, escape(finding.name), escape(finding.detail))
     console.print(table)
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
-    _next("gsa sweep configs/sweep/quickstart.yaml")
+    _next(
+        "gsa sweep configs/sweep/quickstart.yaml"
+        if cluster is None
+        else f"ray up {cluster}    # on Kubernetes: kubectl apply -f"
+    )
 
 
 @app.command(epilog="Example: `gsa bench --length 131072 --operation forward --json`")

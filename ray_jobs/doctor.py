@@ -5,11 +5,13 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import kernels
+from gsa.errors import ConfigError
 
 OURS = ("torch", "ray", "mlflow", "optuna", "datasets", "tokenizers", "omegaconf")
 
@@ -24,6 +26,32 @@ class Finding:
 def examine(storage: Path) -> list[Finding]:
     """Look at everything that a sweep needs."""
     return [_python(), *_packages(), _kernels(), _gpu(), _cpus(), _disk(storage), _hub()]
+
+
+def examine_cluster(path: Path, sweeps: Sequence[Path]) -> list[Finding]:
+    """Look at a cluster's file, and at whether sweeps can run on it; the name of what is wrong is its place, FILE:LINE.
+
+    Raises:
+        RequestError: a file cannot be read.
+    """
+    from ray_jobs.cluster_file import check
+    from ray_jobs.sweep import read_sweep
+
+    checked = check(path)
+    found = [Finding(f"{path}:{p.line}", False, f"{p.key}: {p.message}".removeprefix(": ")) for p in checked.problems]
+    found += [Finding(str(path), None, note) for note in checked.notes]
+    if checked.fleet is None:
+        found.append(Finding("capacity", None, "is not known before the file is right"))
+        return found
+    kinds = ", ".join(f"0 to {node.most} {node.name}" for node in checked.fleet.growing)
+    found.append(Finding(str(path), True, f"{kinds}, {checked.fleet.most} at most together"))
+    for sweep in sweeps:
+        try:
+            runs = checked.fleet.runs(read_sweep(sweep).train.workers, "train.workers")
+            found.append(Finding(str(sweep), True, f"{runs} trials at once"))
+        except ConfigError as error:
+            found.append(Finding(str(sweep), False, str(error)))
+    return found
 
 
 def _python() -> Finding:

@@ -10,6 +10,7 @@ At the end, trials, runs and steps are compared with what they should be, and wh
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import secrets
@@ -19,18 +20,17 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
-import ray
 from filelock import FileLock
-from ray.util.state import list_actors, list_placement_groups
 
 from dashboards.services import Services
 from gsa.store import TrackingConfig
 from gsa.tracking import connect
 from ray_jobs.record import COMPLETE, Record
 from tests.ray_jobs.head import Head, running_head
-from tests.ray_jobs.nodes import kill_all, running_nodes
+from tests.ray_jobs.nodes import RAY, kill_all, running_nodes
 from tests.ray_jobs.store import Store
 from tests.ray_jobs.test_sweep import SPACE, write_sweep
 from tests.text import tiny
@@ -198,13 +198,19 @@ def check(cluster: Cluster, folder: Path, trials: int) -> None:
         time.sleep(0.5)
         assert time.monotonic() < began + 240, "nodes are kept"  # a request whose driver was killed stands for 180 s
     print(f"no nodes {time.monotonic() - began:.0f} s after the end", flush=True)
-    os.environ |= {key: value for key, value in cluster.head.environment.items() if key.startswith("RAY_")}
-    groups = [g for g in list_placement_groups(limit=10000) if g.state not in ("REMOVED",)]
-    actors = [a.class_name for a in list_actors(limit=10000) if a.state != "DEAD" and a.class_name not in STANDING]
+    groups = [one for one in listed(cluster, "placement-groups") if one["state"] != "REMOVED"]
+    actors = [one["class_name"] for one in listed(cluster, "actors") if one["state"] != "DEAD"]
+    actors = [name for name in actors if name not in STANDING]
     print(f"placement groups left: {len(groups)}, actors left: {len(actors)}", *actors[:5], flush=True)
     assert not groups
     assert not actors
-    ray.shutdown()
+
+
+def listed(cluster: Cluster, what: str) -> list[dict[str, Any]]:
+    command = [RAY, "list", what, "--format=json", "--limit=10000"]
+    done = subprocess.run(command, env=cluster.head.environment, capture_output=True, text=True, check=True)
+    found: list[dict[str, Any]] = json.loads(done.stdout or "[]")
+    return found
 
 
 if __name__ == "__main__":
