@@ -3,7 +3,7 @@ PYTHON ?= python3
 NAME ?= quickstart
 BIN := .venv/bin
 
-.PHONY: sweep test test-gpu lint ui services services-stop audit clean
+.PHONY: sweep test test-gpu lint ui services services-stop chaos audit clean
 
 # A finished sweep is shown, an interrupted one continued, otherwise it starts. NAME=... starts another.
 sweep: .venv/installed
@@ -35,6 +35,10 @@ services: .venv/installed
 
 services-stop: .venv/installed
 	$(BIN)/python -m dashboards.services stop
+
+# ten minutes of a sweep that loses a node, a process or a server every half minute
+chaos: .venv/installed
+	$(BIN)/python -m tests.bench.chaos
 
 # known holes in what is installed; asks PyPI
 audit: .venv/installed
