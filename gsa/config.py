@@ -1,7 +1,6 @@
 """Settings: YAML files and `key=value` overrides become checked dataclasses.
 
-- A file is parsed with `yaml.safe_load`, then merged by OmegaConf into the dataclasses that
-  stand beside the code they set.
+- A file is parsed by `gsa.plain`, then merged by OmegaConf into the dataclasses that stand beside the code they set.
 - `include: other.yaml` in any mapping starts that mapping from another file's content.
 - Keys are dotted; `model.layers[2].k` names one layer's setting. `[0:2]`, `[0,3:5,7]`, `[*]` and the thirds
   `[first]`, `[middle]` and `[last]` name several layers' at once.
@@ -20,13 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gsa import plain
 from gsa.data.packing import DataConfig
 from gsa.errors import ConfigError, RequestError, one_line
 from gsa.evaluation.loss import EvaluationConfig
-from gsa.model import ModelConfig
+from gsa.model import MOST_LAYERS, ModelConfig
 from gsa.settings import check, join, nearest, setting
 from gsa.store import TrackingConfig
 from gsa.training.loop import TrainingConfig
@@ -134,12 +134,12 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    if not separator or not _parts(key.strip()):
         raise RequestError(f"override {text!r}: must be key=value, for example training.learning_rate=1e-3")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(key, value, f"is not a YAML value ({one_line(error)})") from error
+        return key.strip(), plain.parse(value)
+    except plain.PlainError as error:
+        raise ConfigError(key, value, f"is not a YAML value ({error})") from error
 
 
 def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -148,13 +148,13 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _including:
         raise RequestError(f"{path}: includes itself through {_including[-1].name}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = plain.parse(plain.read_text(path))
     except FileNotFoundError:
         raise RequestError(f"{_shown(path)}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except plain.PlainError as error:
+        raise RequestError(f"{_shown(path)}: is not YAML that is taken ({error})") from error
+    except (OSError, ValueError) as error:
         raise RequestError(f"{_shown(path)}: cannot be read as text ({error})") from error
-    except yaml.YAMLError as error:
-        raise RequestError(f"{_shown(path)}: is not YAML ({one_line(error)})") from error
     if not isinstance(data, dict):
         raise RequestError(f"{_shown(path)}: must hold a mapping of settings, not {type(data).__name__}")
     return typing.cast(dict[str, Any], _resolve_includes(data, path, (*_including, path)))
@@ -297,7 +297,7 @@ def _resolve_includes(data: Any, path: Path, including: tuple[Path, ...]) -> Any
     own = {key: _resolve_includes(value, path, including) for key, value in data.items() if key != "include"}
     if "include" not in data:
         return own
-    if not isinstance(data["include"], str):
+    if not isinstance(data["include"], str) or "\0" in data["include"]:
         raise ConfigError("include", data["include"], f"must be the path of a YAML file (in {_shown(path)})")
     return merge(read_yaml(path.parent / data["include"], including), own)
 
@@ -312,6 +312,8 @@ def _check_keys(schema: Schema, data: Any, prefix: str) -> None:
     hints = typing.get_type_hints(schema)
     for key, value in data.items():
         full_key = join(prefix, str(key))
+        if value == MISSING:
+            raise ConfigError(full_key, value, "is a value that is still missing")
         if key not in hints:
             raise _unknown(full_key, str(key), schema, list(hints))
         inner, several = element_type(hints[key]), typing.get_origin(hints[key]) is list
@@ -343,7 +345,7 @@ def all_keys(schema: Schema, prefix: str = "") -> list[str]:
 def _parts(key: str) -> list[str | int]:
     parts: list[str | int] = []
     for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", key):
-        parts.append(name or (int(index) if index.isdigit() else index))
+        parts.append(name or (int(index) if index.isdecimal() else index))
     return parts
 
 
@@ -352,6 +354,8 @@ def _assign_one(data: Any, parts: list[str | int], value: Any, key: str) -> None
         if isinstance(part, int):
             if not isinstance(data, list):
                 raise ConfigError(key, value, f"[{part}] needs a list before it")
+            if part >= MOST_LAYERS:
+                raise ConfigError(key, value, f"[{part}] must be < {MOST_LAYERS}")
             data.extend({} for _ in range(part + 1 - len(data)))
         elif not isinstance(data, dict):
             raise ConfigError(key, value, f"{part!r} is not below a mapping")

@@ -52,9 +52,12 @@ class LayerConfig:
     gates: list[str] | None = setting(None, "attention.gates.places of this layer")
 
 
+MOST_LAYERS = 1024  # beyond is a slip of the keyboard
+
+
 @dataclasses.dataclass
 class ModelConfig:
-    num_layers: int = setting(4, "blocks", ge=1)
+    num_layers: int = setting(4, "blocks", ge=1, le=MOST_LAYERS)
     intermediate_size: int = setting(768, "width of the SwiGLU", ge=1)
     vocab_size: int | None = setting(None, "size of the vocabulary; null takes the tokenizer's", ge=2)
     tie_embeddings: bool = setting(True, "the head shares the embedding's weights")

@@ -2,6 +2,7 @@
 workers do not need."""
 
 import dataclasses
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -41,6 +42,6 @@ def refuse_unreachable(uri: str) -> None:
             pass
     except urllib.error.HTTPError:
         return  # it answers; what it thinks of us, the first real request tells
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise RequestError(f"tracking.uri = {uri!r}: no MLflow server answers there ({reason})") from error

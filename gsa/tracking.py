@@ -23,8 +23,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
+from sqlalchemy.exc import SQLAlchemyError
 
-from gsa.errors import RequestError
+from gsa.errors import RequestError, one_line
 from gsa.spool import Row, of_system
 from gsa.store import TrackingConfig, refuse_unreachable, store_uri
 
@@ -275,6 +276,8 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
             return Tracking(uri, client.create_experiment(config.experiment, artifact_location=artifacts))
     except MlflowException as error:
         raise RequestError(f"tracking.uri = {uri!r}: {error.message.splitlines()[0]}") from error
+    except (SQLAlchemyError, ValueError) as error:
+        raise RequestError(f"tracking.uri = {uri!r}: is not a store of MLflow's ({one_line(error)[:200]})") from error
     return Tracking(uri, found.experiment_id)
 
 

@@ -28,8 +28,8 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
+from gsa.lines import Path
 from gsa.settings import nearest
-from ray_jobs.lines import Path
 
 Config = Mapping[str, Any]
 Found = Iterator[tuple[Path, str]]

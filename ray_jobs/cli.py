@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+LINE = 1000  # characters of an error
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the configuration", metavar="CONFIG", show_default=False)]
 Sweep = Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")]
@@ -223,6 +224,8 @@ def move(
     from gsa.store import TrackingConfig
     from gsa.tracking import connect, open_store
 
+    if not uri:
+        raise RequestError("tracking.uri = '': must be sqlite:///PATH, http://HOST or https://HOST")
     database = f"sqlite:///{storage.resolve() / 'mlflow.db'}"  # whatever MLFLOW_TRACKING_URI names
     source = open_store(TrackingConfig(database), storage)
     if uri == database:
@@ -358,7 +361,10 @@ def _given(command: str, config: Path | None, overrides: list[str] | None, resum
 
 
 def _print_error(text: str) -> None:
-    errors.print("error:", text, style="red", markup=False, highlight=False, soft_wrap=True)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(shown) > LINE:
+        shown = f"{shown[: LINE // 2]} … {shown[-LINE // 2 :]}"  # what was given, and what is allowed
+    errors.print("error:", shown, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _failed(error: RunError, advice: str) -> NoReturn:

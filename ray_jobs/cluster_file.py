@@ -17,15 +17,15 @@ from typing import Any
 
 import jsonschema
 import ray.autoscaler
-import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from gsa import plain
 from gsa.errors import RequestError, one_line
+from gsa.lines import Path as Place
+from gsa.lines import dotted, doubled, line_of
 from gsa.settings import nearest
 from ray_jobs.capacity import Fleet, configured_fleet
-from ray_jobs.lines import Path as Place
-from ray_jobs.lines import dotted, doubled, line_of
 
 Config = dict[str, Any]
 SECRET = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|aws_secret_access_key|AUTH_TOKEN=\S")
@@ -65,18 +65,14 @@ def check(path: Path) -> Checked:
         RequestError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = plain.read_text(path)
+    except (OSError, ValueError) as error:
         raise RequestError(f"--cluster {path}: cannot be read ({one_line(error)})") from error
     try:
-        root, config = yaml.compose(text, yaml.SafeLoader), next(yaml.safe_load_all(text), None)
-    except yaml.MarkedYAMLError as error:
-        if "expected a single document" in str(error):
-            text = text.split("\n---", 1)[0]
-            root, config = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-        else:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            return Checked([Problem(line, "", f"is not YAML ({error.problem})")], [], None)
+        root = plain.compose(text, first=True)
+        config = plain.construct(root)
+    except plain.PlainError as error:
+        return Checked([Problem(error.line, "", f"is not YAML that is taken ({error})")], [], None)
     if not isinstance(config, dict):
         return Checked([Problem(1, "", "must be a mapping")], [], None)
     found = [

@@ -92,7 +92,12 @@ def export_study(tracking: Tracking, report: Report, target: str) -> None:
 
 
 def _storage(target: str) -> BaseStorage:
-    return RDBStorage(target) if "://" in target else JournalStorage(JournalFileBackend(target))
+    if "://" in target:
+        return RDBStorage(target)
+    path = Path(target)
+    if path.exists() and path.stat().st_size and not path.read_bytes()[:12].startswith(b'{"op_code"'):
+        raise OSError("it is there, and is not an Optuna journal")  # which would be appended to
+    return JournalStorage(JournalFileBackend(target))
 
 
 def _add_user_attrs(frozen: FrozenTrial, trial: dict[str, Any], reason: str) -> None:

@@ -15,6 +15,7 @@ class Job:
 
     config: dict[str, Any]  # a TrainConfig
     folder: str  # of the run's checkpoints and spool, on storage that every worker sees
+    seen: str  # a file that the driver has written and that every worker has to see
     until: int | None = None  # step at which it pauses
 
     def settings(self) -> TrainConfig:
@@ -25,4 +26,4 @@ def job_of(context: TrialContext, proposal: Proposal) -> Job:
     """What it takes to train a trial of a sweep."""
     trial_id = proposal["trial_id"]
     config = compose(context.base, proposal["settings"] | {"name": trial_id})
-    return Job(dataclasses.asdict(config), str(context.trial_folder(trial_id)), proposal["until"])
+    return Job(dataclasses.asdict(config), str(context.trial_folder(trial_id)), context.seen, proposal["until"])

@@ -29,6 +29,11 @@ class TrialContext:
     parent: str  # the sweep's run
     tags: dict[str, str]  # of every trial's run
 
+    @property
+    def seen(self) -> str:
+        """A file that is there before the first trial."""
+        return str(Path(self.folder) / "sweep.yaml")
+
     def trial_folder(self, trial_id: str) -> Path:
         return Path(self.folder) / "trials" / trial_id
 

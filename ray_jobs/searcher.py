@@ -54,6 +54,7 @@ class GsaSearcher(Searcher):
         self.num_samples, self.max_failures = num_samples, max_failures
         self.gate, self.confirmations, self.spent = gate, confirmations, spent
         self.interrupted = False  # by a signal
+        self.refused = ""  # why the sweep cannot go on
         self.stopped = False  # trials that end from now on were cut off, and stay unfinished in the record
         self._waiting = [entry for entry in record.trials() if entry.state == RUNNING]
         self._ids: dict[str, str] = {}  # Tune's id of a trial to ours
@@ -72,7 +73,7 @@ class GsaSearcher(Searcher):
     @property
     def halted(self) -> bool:
         """Whether trials that run are to be cut off: they stay unfinished in the record."""
-        self.stopped = self.stopped or self.interrupted or bool(self.spent())
+        self.stopped = self.stopped or self.interrupted or bool(self.refused or self.spent())
         return self.stopped
 
     def suggest(self, trial_id: str) -> Any:
@@ -98,8 +99,9 @@ class GsaSearcher(Searcher):
         self._running.discard(own)
         entry = self.record.entries[own]
         result = result or {}
+        self.refused = self.refused or str(result.get("not_shared", ""))
         came_to_its_end = bool(result.get("complete") or result.get("paused"))
-        cut_off = (self.interrupted or self.stopped) and not came_to_its_end
+        cut_off = (self.interrupted or self.stopped or self.refused) and not came_to_its_end
         if cut_off or entry.state != RUNNING:
             return
         if error:

@@ -15,7 +15,12 @@ from filelock import FileLock, Timeout
 
 from gsa.background import every
 from gsa.config import TrainConfig
-from gsa.errors import ConfigError, RequestError
+from gsa.errors import ConfigError, RequestError, RunError
+
+
+class NotSharedError(RunError):
+    """A node does not see the storage folder: no trial can run there."""
+
 
 STALE = 60.0  # seconds after which an owner on another machine that gave no sign of life is held to be dead
 
@@ -34,6 +39,13 @@ def settle(config: TrainConfig, key: str = "storage") -> None:
             pass
     except OSError as error:
         raise ConfigError(key, config.storage, f"cannot be written to ({error.strerror})") from error
+
+
+def refuse_unshared(seen: Path) -> None:
+    """Raises NotSharedError where this node does not see a file that the driver has written."""
+    if not seen.is_file():
+        where = f"{socket.gethostname()} does not see {seen}"
+        raise NotSharedError(f"storage must be a folder that all nodes share: {where}")
 
 
 @contextmanager

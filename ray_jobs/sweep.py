@@ -229,6 +229,8 @@ class Sweep:
                 run_trials(make_trainable(context), searcher, self.folder, concurrent, resources)
         finally:
             release_all(self.folder / "trials")
+        if searcher.refused:
+            raise RunError(searcher.refused)
         if not searcher.interrupted and (spent := searcher.spent()):
             self.console.print(f"{spent}: the sweep ends; with more of it, --resume goes on", markup=False)
 

@@ -87,7 +87,7 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         writer.start()
         try:
             with stops_go_to(_interrupt), _progress(folder, steps, console):
-                _fit_apart(Job(asked, str(folder)))
+                _fit_apart(Job(asked, str(folder), str(record.path)))
             record.end(config.name, COMPLETE)
         except (RunError, TrainingFailedError) as error:
             cause = root_cause(error)

@@ -29,6 +29,7 @@ from gsa.training.steps import steps
 from gsa.training.workers import Workers, WorkersConfig
 from ray_jobs.capacity import worker_resources
 from ray_jobs.job import Job
+from ray_jobs.storage import NotSharedError, refuse_unshared
 
 COORDINATOR = "AutoscalingCoordinator"  # the actor to which Ray Train says what it needs
 RESOURCES = ".placement_group"  # file in a run's folder that names what its workers hold
@@ -75,6 +76,8 @@ def run_workers(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = root_cause(error)
+        if isinstance(cause, NotSharedError):
+            raise cause from error
         if isinstance(cause, LASTING):
             raise RunError(one_line(cause)) from error
         raise
@@ -129,6 +132,7 @@ def work(job: Job, report: Report) -> None:
     """
     # Ray's workers log to files of their own; one line of ours is enough there
     logging.getLogger("gsa").setLevel(logging.INFO)
+    refuse_unshared(Path(job.seen))
     config = job.settings()
     torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
     data = prepare(config.data, Path(config.storage) / "data")

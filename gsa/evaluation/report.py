@@ -48,7 +48,7 @@ def trained(source: str, tracking: TrackingConfig, storage: Path) -> tuple[Check
     found = checkpoint.find(source, tracking, storage)
     config = found.config()
     data = prepare(config.data, storage / "data")
-    if data.fingerprint != found.state()["data"]:
+    if data.fingerprint != found.state().get("data"):
         raise RequestError(f"{source}: the text of data.corpus is not what it was when this was trained")
     return found, config, data
 

@@ -6,6 +6,7 @@
 - Nothing that is loaded can run code: safetensors, and `torch.load(weights_only=True)`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,7 +51,7 @@ class Checkpoint:
         """
         try:
             index = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"{folder}: is not a checkpoint of this project (checkpoint.json: {error})") from error
         if not _is_index(index):
             raise RequestError(f"{folder}: checkpoint.json is not of the format {FORMAT}")
@@ -108,6 +109,8 @@ class Checkpoint:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise RequestError(f"{path}: holds more than tensors and plain values, or is no such file") from error
+        if not isinstance(state, dict):
+            raise RequestError(f"{path}: is not the state of a run")
         return state
 
 
@@ -185,7 +188,7 @@ def load(checkpoint: Checkpoint) -> GSAForCausalLM:
 
 def named(source: str) -> str:
     """`runs:/<run_id>` for a run's id alone, anything else as it is."""
-    return f"runs:/{source}" if not Path(source).exists() and re.fullmatch(r"[0-9a-f]{32}", source) else source
+    return f"runs:/{source}" if re.fullmatch(r"[0-9a-f]{32}", source) and not Path(source).exists() else source
 
 
 def find(source: str | Path, tracking: TrackingConfig | None = None, storage: str | Path = "runs") -> Checkpoint:
@@ -196,8 +199,9 @@ def find(source: str | Path, tracking: TrackingConfig | None = None, storage: st
         store = open_store(tracking or TrackingConfig(), storage)
         source = store.download(str(source).removeprefix("runs:/"), "checkpoint")
     folder = Path(source)
-    if not (folder / "checkpoint.json").exists() and steps(folder):
-        folder = steps(folder)[-1]
+    with contextlib.suppress(OSError, ValueError):  # what no path can be, `open` refuses
+        if not (folder / "checkpoint.json").exists() and steps(folder):
+            folder = steps(folder)[-1]
     return Checkpoint.open(folder)
 
 

@@ -156,12 +156,13 @@ def disturb(cluster: Cluster, path: Path, minutes: float, every: float) -> None:
     folder = path.parents[1]
     began, driver = time.monotonic(), Driver(path, cluster.head, folder)
     record = folder / "runs/sweeps/small/record.jsonl"
-    counts = dict.fromkeys(KINDS, 0)
+    counts, waiting = dict.fromkeys(KINDS, 0), list[str]()  # each kind once, in random order, before any comes again
     while driver.is_alive() and time.monotonic() < began + 60 * minutes:
         time.sleep(every)
-        kinds = list(KINDS)
-        cluster.draw.shuffle(kinds)
-        kind = next((kind for kind in kinds if cluster.kill(kind)), "nothing")
+        if not waiting:
+            waiting = cluster.draw.sample(KINDS, len(KINDS))
+        kind = next((kind for kind in waiting if cluster.kill(kind)), "nothing")
+        waiting = [one for one in waiting if one != kind]
         ended = sum(e.state == COMPLETE for e in Record(record).trials()) if record.exists() else 0
         nodes = len(running_nodes(cluster.head.gcs_address))
         print(f"{time.monotonic() - began:4.0f} s: {kind:8} killed; {ended} trials done, {nodes} nodes", flush=True)

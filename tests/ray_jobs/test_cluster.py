@@ -1,16 +1,21 @@
 """What a cluster's GPUs hold is asked of their nodes, and what would not fit is refused before it runs."""
 
+import dataclasses
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
-from gsa.errors import RequestError, RunError
+from gsa.errors import ConfigError, RequestError, RunError
 from gsa.training.workers import WorkersConfig
+from ray_jobs import sweep
 from ray_jobs.cluster import running, worker_memory
-from ray_jobs.sweep import load_sweep, run_sweep
+from ray_jobs.record import RUNNING, Proposal, Record
+from ray_jobs.runs import TrialContext
+from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
+from ray_jobs.trial import make_trainable
 from tests.draw import Draw
 from tests.ray_jobs.test_sweep import QUIET, write_sweep
 
@@ -47,6 +52,38 @@ def test_without_a_tool_that_tells_nothing_is_refused(tmp_path: Path, monkeypatc
     try:
         with running():
             assert worker_memory(WorkersConfig(gpus_per_worker=1.0)) is None
+    finally:
+        ray.shutdown()
+
+
+def test_storage_that_a_node_does_not_see_ends_the_sweep_and_costs_it_no_trial(
+    draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2, dense_baseline=False)
+
+    def elsewhere(context: TrialContext) -> Callable[[Proposal], None]:
+        return make_trainable(dataclasses.replace(context, folder=str(tmp_path / "nowhere")))
+
+    config = load_sweep(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "make_trainable", elsewhere)
+        with pytest.raises(RunError, match=r"must be a folder that all nodes share: \S+ does not see .*nowhere"):
+            run_sweep(config, QUIET)
+    record = Record(tmp_path / "runs/sweeps/small/record.jsonl")
+    assert {entry.state for entry in record.trials()} == {RUNNING}
+    report = resume_sweep("small", str(tmp_path / "runs"), QUIET)
+    assert [trial["state"] for trial in report.trials] == ["finished"] * 2
+
+
+def test_trials_run_where_their_type_of_gpu_is(draw: Draw, tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=1, dense_baseline=False)
+    ask = ["train.workers.gpus_per_worker=0.25"]
+    ray.init(num_cpus=3, num_gpus=1, resources={"accelerator_type:H100": 1}, include_dashboard=False)
+    try:
+        with pytest.raises(ConfigError, match=r"accelerator_type = 'L40S': can never be scheduled: nodes have H100"):
+            run_sweep(load_sweep(path, [*ask, "train.workers.accelerator_type=L40S"]), QUIET)
+        report = run_sweep(load_sweep(path, [*ask, "train.workers.accelerator_type=H100"]), QUIET)
+        assert [trial["state"] for trial in report.trials] == ["finished"]
     finally:
         ray.shutdown()
 

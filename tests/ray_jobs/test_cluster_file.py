@@ -8,9 +8,9 @@ import pytest
 import yaml
 from cfnlint.api import lint_all
 
+from gsa.lines import dotted, doubled, line_of
 from ray_jobs.capacity import Fleet
 from ray_jobs.cluster_file import check
-from ray_jobs.lines import dotted, doubled, line_of
 from tests.draw import Draw
 from tests.ray_jobs.test_bad_input import call
 from tests.ray_jobs.test_sweep import ROOT, write_sweep
