@@ -1,6 +1,7 @@
 """Every wrong line of a cluster's file is named, with its number, before anything is started."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def test_our_own_files_are_right(name: str) -> None:
 def test_our_account_is_what_cloudformation_takes() -> None:
     found = lint_all((ROOT / "configs/cluster/aws-account.yaml").read_text())
     assert not [match for match in found if match.rule.severity != "informational"]
+
+
+@pytest.mark.parametrize("name", CLUSTERS[:2])
+def test_what_a_node_is_told_to_run_is_shell(name: str) -> None:
+    config = yaml.safe_load((ROOT / name).read_text())
+    told = [line for key, lines in config.items() if key.endswith("_commands") for line in lines]
+    assert len(told) > 8
+    for line in told:
+        subprocess.run(["bash", "-n", "-c", line], check=True)
 
 
 # text, what to put in its place, the key that is named, words of the message
