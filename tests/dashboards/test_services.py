@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -14,7 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+from botocore.exceptions import ClientError
 from mlflow import MlflowClient
+from mlflow.entities import RunTag
 from torch.testing import assert_close
 
 from dashboards.services import HOST, SERVERS, Services, postgres_program
@@ -58,6 +61,15 @@ def status(url: str, headers: dict[str, str] | None = None, data: bytes | None =
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def ask_without_certificate(url: str) -> None:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        urllib.request.urlopen(url, timeout=10, context=context).close()
+    except ssl.SSLError as error:  # with TLS 1.3 it comes only with the answer
+        raise urllib.error.URLError(error) from error
 
 
 def test_a_sweep_goes_there_by_one_setting_and_is_there_after_a_restart(
@@ -156,8 +168,11 @@ def test_nobody_comes_in_without_a_password(services: Services, monkeypatch: pyt
             connect(TrackingConfig(services.uri), "nowhere")
     ports = services.ports
     assert status(f"http://{HOST}:{ports['s3']}/mlflow/") == 403
-    assert status(f"http://{HOST}:{ports['filer']}/buckets/mlflow/") == 401
-    assert status(f"http://{HOST}:{ports['filer']}/buckets/mlflow/x", data=b"x") == 401
+    for part in ("filer", "volume", "master"):  # they speak TLS, to who has the store's own certificate
+        assert status(f"http://{HOST}:{ports[part]}/") == 400
+        assert status(f"http://{HOST}:{ports[part]}/buckets/mlflow/x", data=b"x") == 400
+        with pytest.raises(urllib.error.URLError, match=r"(?i)certificate.required"):
+            ask_without_certificate(f"https://{HOST}:{ports[part]}/dir/status")
 
 
 def test_nothing_listens_beyond_localhost(services: Services) -> None:
@@ -173,9 +188,44 @@ def test_passwords_are_in_private_files_and_nowhere_else(services: Services) -> 
     kept = json.loads((services.folder / "settings.json").read_text())["secrets"]
     holders = [p for p in services.folder.iterdir() if p.is_file() and any(s in p.read_text() for s in kept.values())]
     assert {p.stat().st_mode & 0o777 for p in holders} == {0o600}
+    certificates = services.folder / "certificates"
+    assert certificates.stat().st_mode & 0o777 == 0o700
+    assert (certificates / "key.pem").stat().st_mode & 0o777 == 0o600
     assert not [p.name for p in holders if p.suffix == ".log"]
     shown = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     assert not any(secret in line for secret in kept.values() for line in shown)
+
+
+def test_artifacts_are_kept_as_they_are_and_by_a_key_that_can_do_nothing_else(user: Services, tmp_path: Path) -> None:
+    client = MlflowClient(user.uri)
+    run = client.create_run(client.create_experiment("artifacts"))
+    kept = {"list.json": b"[]", "deep.json": b"[" * 1000, "nul.json": b'{"a": "\\u0000"}', "grö ße (1).txt": b"\0\\.."}
+    kept["large.json"] = b" " * 5_000_000  # longer than any JSON that is a request
+    (tmp_path / "in").mkdir()
+    for name, content in kept.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    client.log_artifacts(run.info.run_id, str(tmp_path / "in"), "a b/c")
+    folder = Path(client.download_artifacts(run.info.run_id, "a b/c", str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    listed = user.s3_client("s3_mlflow").list_objects_v2(Bucket="mlflow", Prefix=f"{run.info.experiment_id}/")
+    assert listed["KeyCount"] == len(kept)
+    with pytest.raises(ClientError, match="AccessDenied"):
+        user.s3_client("s3_mlflow").create_bucket(Bucket="elsewhere")
+    limits = [RunTag(f"tag{i}", "x" * 8000) for i in range(100)]  # 800 kB, about as much as MLflow takes at once
+    client.log_batch(run.info.run_id, tags=limits)
+    assert len(client.get_run(run.info.run_id).data.tags) >= 100
+
+
+def test_what_an_earlier_version_did_not_know_is_made(tmp_path: Path) -> None:
+    before = json.loads(Services(tmp_path).folder.joinpath("settings.json").read_text())
+    del before["secrets"]["s3_mlflow_access_key"], before["secrets"]["s3_mlflow_secret_key"]
+    (tmp_path / "settings.json").write_text(json.dumps(before))
+    Services(tmp_path)
+    after = json.loads((tmp_path / "settings.json").read_text())
+    assert after["secrets"].keys() - before["secrets"].keys() == {"s3_mlflow_access_key", "s3_mlflow_secret_key"}
+    assert after["ports"] == before["ports"]
+    assert before["secrets"].items() <= after["secrets"].items()
+    assert (tmp_path / "settings.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_died_is_started_again_and_the_rest_left_alone(services: Services) -> None:

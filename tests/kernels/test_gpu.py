@@ -14,7 +14,8 @@ from gsa.evaluation.speed import layer_rows
 from gsa.model import GSAForCausalLM, ModelConfig
 from kernels.attend import attend, attend_backward_definition, attend_definition
 from kernels.bench import Indexer, dense_attention
-from kernels.rule import Scores, scores_definition
+from kernels.levels import pool
+from kernels.rule import Rule, Scores, scores_definition
 from kernels.select import select
 from kernels.support import INTERPRET
 from kernels.words import WORD, pack, unpack
@@ -58,7 +59,10 @@ def test_attention_is_as_exact_as_dense_attention_is(draw: Draw, heads: int, kv_
 def test_selections_pass_the_certificate(
     heads: int, size: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What only the kernel selected scores at least what only the definition did, up to the error of a score."""
+    """What only the kernel selected scores at least what only the definition did, up to the error of a score.
+
+    On two levels, keys are left out of this whose block scores as the last one that is looked into, up to that error.
+    """
     length, k = 9000, 256
     indexer = Indexer(length, heads, size, k, 0.9, **options)
     mine = unpack(indexer.select(), length)
@@ -66,15 +70,30 @@ def test_selections_pass_the_certificate(
     exact = unpack(indexer.select(), length)
     assert torch.equal(mine.sum(-1), exact.sum(-1))
     differ = (mine != exact).any(-1)[0].nonzero().flatten()
-    assert len(differ) < 0.01 * length
+    assert len(differ) < (0.04 if options.get("share") else 0.01) * length  # 32 queries of a window differ together
     if options.get("share"):
         return
     scores = scores_definition(
         Scores(indexer.q[:, differ], indexer.k, indexer.weight[:, differ], indexer.bias), "gated_sigmoid"
     )
-    missed = scores.masked_fill(~(exact & ~mine)[:, differ], torch.inf).amin(-1)
-    extra = scores.masked_fill(~(mine & ~exact)[:, differ], -torch.inf).amax(-1)
-    assert (missed - extra <= 2 * heads * TANH).all()
+    error = 2 * heads * TANH
+    missed = (exact & ~mine)[:, differ]
+    if block := options.get("block"):
+        pooled, of_key = pool(indexer.k, torch.zeros(1, length, dtype=torch.long, device="cuda"), block)
+        of_block = scores_definition(
+            Scores(indexer.q[:, differ], pooled.to(indexer.k.dtype), indexer.weight[:, differ], indexer.bias),
+            "gated_sigmoid",
+        )
+        own = (differ // block)[:, None]
+        near = torch.arange(of_block.shape[2], device=own.device) >= own  # looked into whatever they score
+        scored = of_block.masked_fill(near, -torch.inf).sort(descending=True).values
+        looked_into = Rule(k=k, block=block).blocks(k)
+        last = scored.gather(2, (own.clamp(1, looked_into) - 1)[None])
+        sure = (of_block > last + error) | near | (own <= looked_into)
+        missed &= sure.gather(2, of_key[:, None].expand_as(missed))
+    missed = scores.masked_fill(~missed, -torch.inf).amax(-1)
+    extra = scores.masked_fill(~(mine & ~exact)[:, differ], torch.inf).amin(-1)
+    assert (missed - extra <= error).all()
 
 
 @pytest.mark.parametrize("stage", ["sparse", "warmup", "dense"])
