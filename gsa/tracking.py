@@ -269,8 +269,8 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
             raise RequestError(f"tracking.uri = {uri!r}: its folder cannot be made ({error})") from error
     else:
         refuse_unreachable(uri)
-    client = MlflowClient(uri)
     try:
+        client = MlflowClient(uri)
         found = client.get_experiment_by_name(config.experiment)
         if found is None:
             return Tracking(uri, client.create_experiment(config.experiment, artifact_location=artifacts))

@@ -436,7 +436,7 @@ COMMANDS = [
             ("http://[x", "tracking.uri"),
             ("http://127.0.0.1:99999", "tracking.uri"),
             ("http://127.0.0.1:1\r\nX: y", "tracking.uri"),
-            ("sqlite:///a\0b", "tracking.uri"),
+            ("sqlite:///a\0b", "no runs are stored there"),
         )
     ),
     *(
