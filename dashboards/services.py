@@ -256,6 +256,8 @@ class Services:
         port = str(self.ports["mlflow"])
         command = [sys.executable, "-m", "dashboards.guard", "server", "--app-name", "basic-auth"]
         command += ["--host", HOST, "--port", port, "--artifacts-destination", f"s3://{BUCKET}", "--workers", "2"]
+        # on a busy machine a server process is not dead because it has not answered its parent for 5 s
+        command += ["--uvicorn-opts", "--timeout-worker-healthcheck 60"]
         command += ["--allowed-hosts", f"localhost:{port},{HOST}:{port}"]
         return Service("mlflow", command, self._ask_mlflow, environment)
 

@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock
 
 from dashboards.services import Services
+from gsa.errors import RunError
 from gsa.store import TrackingConfig
 from gsa.tracking import connect
 from ray_jobs.record import COMPLETE, Record
@@ -82,8 +83,17 @@ class Cluster:
         else:
             kill_all(victim)
         if kind in ("mlflow", "postgres"):
-            threading.Timer(self.draw.uniform(2, 12), self.services.start).start()
+            threading.Timer(self.draw.uniform(2, 12), self._revive).start()
         return True
+
+    def _revive(self) -> None:
+        """As whoever watches over services does, as often as it takes."""
+        while True:
+            try:
+                self.services.start()
+                return
+            except RunError as error:
+                print(f"services: {error}; once more", flush=True)
 
 
 class Driver(threading.Thread):
