@@ -8,12 +8,15 @@ A job that fails ends its group, and the next trial starts another. What a group
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gsa.background import apart
@@ -23,6 +26,8 @@ from ray_jobs.worker import Report, note_resources, release, run_workers, work
 
 logger = logging.getLogger(__name__)
 
+DRIVERS = ".drivers"  # file in the trials' folder: one line a driver: Ray's session, and its job id there
+JOB_DIGITS = 8  # the last of a placement group's id are those of the job that asked for it
 PATIENCE = 2.0  # seconds without word from the workers after which dead groups are looked for
 
 _group: "Group | None" = None  # of this process, which Tune uses for one trial after another
@@ -131,8 +136,28 @@ def _serve(config: dict[str, Any]) -> None:
         ray.get(mailbox.say.remote(None))
 
 
+def begin(folder: Path) -> None:
+    """Write down the Ray job of a sweep's driver, by which `release_dead` knows what those before it have left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    context = ray.get_runtime_context()
+    with (folder / DRIVERS).open("a") as note:
+        note.write(f"{context.get_session_name()} {context.get_job_id()}\n")
+
+
 def release_dead(folder: Path) -> None:
-    """Free what groups hold whose trial's process is gone."""
+    """Free what groups hold whose trial's process is gone, and what drivers that are gone have left.
+
+    A driver has no groups that outlast it: but where it dies while one starts, its controller may ask for resources
+    after Ray has let go of all that was the driver's, and nobody ever takes them back.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        jobs = [line.split() for line in (folder / DRIVERS).read_text().splitlines()]
+        session = ray.get_runtime_context().get_session_name()  # job ids count from one again in the next
+        earlier = {job for named, job in jobs[:-1] if named == session}
+        for group, state in ray.util.placement_group_table().items():
+            if group[-JOB_DIGITS:] in earlier and state["state"] != "REMOVED":
+                logger.warning("a driver that is gone has left resources: they are let go (placement group %s)", group)
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
     for note in notes(folder).glob("*"):
         try:
             ray.get_actor(note.name)

@@ -34,7 +34,7 @@ from ray_jobs.cluster import concurrent_runs, fleet, running, worker_memory
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
-from ray_jobs.nested import release_all
+from ray_jobs.nested import begin, release_all, release_dead
 from ray_jobs.objectives import DENSE as BASELINE
 from ray_jobs.objectives import TIMED, Aims, ConstraintConfig, ObjectiveConfig
 from ray_jobs.progress import SweepProgress
@@ -224,6 +224,8 @@ class Sweep:
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
         total = config.num_samples + config.dense_baseline + config.confirm.best * config.confirm.seeds
         progress = SweepProgress(record, config.objectives, total, steps, self.console)
+        begin(self.folder / "trials")
+        release_dead(self.folder / "trials")
         try:
             with progress.shown(), _signals(searcher):
                 run_trials(make_trainable(context), searcher, self.folder, concurrent, resources)

@@ -4,8 +4,12 @@ import contextlib
 import subprocess
 from pathlib import Path
 
+import ray
+from ray.util.placement_group import placement_group, placement_group_table
+
 from gsa import load_checkpoint
 from gsa.errors import RunError
+from ray_jobs.nested import begin, release_dead
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, Record
 from tests.draw import Draw
 from tests.ray_jobs.test_sweep import check_whole, command, run, trial_processes, wait_for, write_sweep
@@ -65,3 +69,25 @@ def test_workers_whose_trial_is_killed_are_let_go(draw: Draw, tmp_path: Path) ->
     assert process.wait(timeout=200) == 0
     assert groups(tmp_path) == 2
     check_whole(tmp_path / "runs", 2)
+
+
+def test_what_a_driver_has_left_is_let_go_by_the_next_and_nothing_else_is(tmp_path: Path) -> None:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        begin(tmp_path)
+        assert len((tmp_path / ".drivers").read_text().split()) == 2
+        group = placement_group([{"CPU": 1}])
+        ray.get(group.ready())
+        own, job = ray.get_runtime_context().get_session_name(), ray.get_runtime_context().get_job_id()
+        cases = (
+            ([f"{own} {job}"], "CREATED"),  # it runs
+            ([f"another {job}", f"{own} ffffffff"], "CREATED"),  # the same number in another Ray
+            ([f"{own} eeeeeeee", f"{own} ffffffff"], "CREATED"),  # nobody's that we know
+            ([f"{own} {job}", f"{own} ffffffff"], "REMOVED"),
+        )
+        for lines, state in cases:
+            (tmp_path / ".drivers").write_text("".join(f"{line}\n" for line in lines))
+            release_dead(tmp_path)
+            assert placement_group_table(group)["state"] == state, lines
+    finally:
+        ray.shutdown()
