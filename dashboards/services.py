@@ -32,6 +32,7 @@ import psutil
 import psycopg2
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from filelock import FileLock
 
 from dashboards.certificates import make_certificates
 from gsa.errors import RequestError, RunError, one_line
@@ -75,6 +76,7 @@ class Services:
     def __init__(self, folder: Path, port: int | None = None) -> None:
         self.folder = folder.absolute()
         self._make_folder()
+        self._lock = FileLock(self.folder / ".lock")
         self._settings = self._read_settings(port)
         self.ports: dict[str, int] = self._settings["ports"]
         self.uri = f"http://{HOST}:{self.ports['mlflow']}"
@@ -94,6 +96,10 @@ class Services:
         Raises:
             RunError: one does not; what this call started is stopped again.
         """
+        with self._lock:  # two at once would each start what the other is starting
+            self._start_all()
+
+    def _start_all(self) -> None:
         started = []
         try:
             self._prepare_postgres()
@@ -111,8 +117,9 @@ class Services:
 
     def stop(self) -> None:
         """Stop what runs, the one that needs the others first."""
-        for name in reversed(SERVERS):
-            self._stop(name)
+        with self._lock:
+            for name in reversed(SERVERS):
+                self._stop(name)
 
     def process(self, name: str) -> psutil.Process | None:
         """The running server of a name, and no other process that has its number by now."""
