@@ -1,8 +1,6 @@
 """Training trains what its stage says, and nothing about how it is run changes what comes out."""
 
 import math
-import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,10 +126,9 @@ def test_accumulating_gradients_changes_no_result(draw: Draw, tmp_path: Path) ->
             assert_same(other, found[0])
 
 
-def _worker(rank: int, world: int, data: dict[str, Any], folder: Path, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, world: int, data: dict[str, Any], folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", f"file://{folder}.meeting".replace(" ", "-"), rank=rank, world_size=world)
     trainer, logged = train(data, folder)
     if rank == 0:
         torch.save({"weights": weights(trainer), "logged": untimed(logged)}, folder / "result.pt")
@@ -144,8 +141,8 @@ def test_two_workers_equal_one_on_the_same_global_batch(draw: Draw, tmp_path: Pa
         data = tiny(tmp_path, draw.random.randrange(1000))
         data["model"]["attention"]["controller"]["kind"] = controller
         alone, logged = train(data, tmp_path / f"{controller} one")
-        folder, port = tmp_path / f"{controller} two", random.SystemRandom().randint(20_000, 60_000)
-        spawn(_worker, (2, data, folder, port), nprocs=2)
+        folder = tmp_path / f"{controller} two"
+        spawn(_worker, (2, data, folder), nprocs=2)
         both = torch.load(folder / "result.pt", weights_only=True)
         assert_close(both["logged"], untimed(logged), rtol=1e-5, atol=1e-6)
         assert_close(both["weights"], weights(alone), rtol=1e-7, atol=1e-9)
