@@ -52,6 +52,7 @@ class Cluster:
     services: Services
     draw: random.Random
     mark: str
+    revivals: list[threading.Timer] = dataclasses.field(default_factory=list)  # of services
 
     def processes(self, *words: str) -> list[psutil.Process]:
         """Of this cluster, with all of these words in their command line."""
@@ -83,7 +84,8 @@ class Cluster:
         else:
             kill_all(victim)
         if kind in ("mlflow", "postgres"):
-            threading.Timer(self.draw.uniform(2, 12), self._revive).start()
+            self.revivals.append(threading.Timer(self.draw.uniform(2, 12), self._revive))
+            self.revivals[-1].start()
         return True
 
     def _revive(self) -> None:
@@ -179,6 +181,8 @@ def disturb(cluster: Cluster, path: Path, minutes: float, every: float) -> None:
         counts[kind] = counts.get(kind, 0) + 1
     calm = time.monotonic()
     driver.join()
+    for revival in cluster.revivals:  # one that still waits would start them after they are stopped
+        revival.join()
     print(
         f"{sum(counts.values())} kills: {counts}; ended {time.monotonic() - calm:.0f} s after the last, "
         f"{time.monotonic() - began:.0f} s in all, with {driver.starts} submissions",
