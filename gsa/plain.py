@@ -58,10 +58,8 @@ def compose(text: str, first: bool = False) -> yaml.Node | None:
     try:
         root = next(yaml.compose_all(text, yaml.SafeLoader), None) if first else yaml.compose(text, yaml.SafeLoader)
         _size(root, (), {})
-    except yaml.MarkedYAMLError as error:
-        raise PlainError(one_line(error), error.problem_mark.line + 1 if error.problem_mark else 1) from error
     except yaml.YAMLError as error:
-        raise PlainError(one_line(error), 1) from error
+        raise PlainError(one_line(error), _line(error)) from error
     except RecursionError:
         raise PlainError(f"it is nested deeper than {DEPTH}", 1) from None
     return root
@@ -75,8 +73,8 @@ def construct(root: yaml.Node | None) -> Any:
     """
     try:  # of a copy: what is merged in with `<<` is put among a mapping's own keys
         return None if root is None else yaml.SafeLoader("").construct_document(copy.deepcopy(root))
-    except yaml.MarkedYAMLError as error:
-        raise PlainError(one_line(error), error.problem_mark.line + 1 if error.problem_mark else 1) from error
+    except yaml.YAMLError as error:
+        raise PlainError(one_line(error), _line(error)) from error
     except ValueError as error:  # a date that is none
         raise PlainError(one_line(error), root.start_mark.line + 1 if root else 1) from error
 
@@ -95,6 +93,11 @@ def read_text(path: pathlib.Path) -> str:
     if status.st_size > BYTES:
         raise ValueError(f"it has {status.st_size} bytes, at most {BYTES} are read")
     return path.read_text(encoding="utf-8")
+
+
+def _line(error: yaml.YAMLError) -> int:
+    mark = getattr(error, "problem_mark", None)
+    return int(mark.line) + 1 if mark else 1
 
 
 def _size(node: yaml.Node | None, place: Path, known: dict[int, int | None]) -> int:

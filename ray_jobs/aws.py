@@ -106,20 +106,24 @@ def _node_type(config: Config, name: str) -> Found:
 
 def launched(config: Config, name: str, node_config: Config, count: int = 1) -> dict[str, Any]:
     """The parameters of RunInstances with which Ray's provider starts nodes of a type."""
+    provider = AWSNodeProvider.__new__(AWSNodeProvider)  # its __init__ asks AWS for a session
+    provider.provider_config, provider.cluster_name, provider.cache_stopped_nodes = {}, config["cluster_name"], False
+    provider.ec2_fail_fast = taken = _Taken()
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it has launched them
+        provider.create_node(copy.deepcopy(dict(node_config)), node_tags(config, name), count)
+    return taken.parameters
+
+
+def node_tags(config: Config, name: str) -> dict[str, str]:
+    """By which Ray knows a node of a type again."""
     kind = NODE_KIND_HEAD if name == config["head_node_type"] else NODE_KIND_WORKER
-    tags = {
+    return {
         TAG_RAY_NODE_KIND: kind,
         TAG_RAY_USER_NODE_TYPE: name,
         TAG_RAY_LAUNCH_CONFIG: "0",
         TAG_RAY_NODE_STATUS: STATUS_UNINITIALIZED,
         TAG_RAY_NODE_NAME: f"ray-{config['cluster_name']}-{kind}",
     }
-    provider = AWSNodeProvider.__new__(AWSNodeProvider)  # its __init__ asks AWS for a session
-    provider.provider_config, provider.cluster_name, provider.cache_stopped_nodes = {}, config["cluster_name"], False
-    provider.ec2_fail_fast = taken = _Taken()
-    with contextlib.redirect_stdout(io.StringIO()):  # it says that it has launched them
-        provider.create_node(copy.deepcopy(dict(node_config)), tags, count)
-    return taken.parameters
 
 
 class _Taken:

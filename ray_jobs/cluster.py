@@ -135,10 +135,11 @@ def _autoscaling() -> dict[str, Any] | None:
     return None
 
 
-def concurrent_runs(workers: WorkersConfig, key: str = "workers", asked: int | None = None) -> int:
+def concurrent_runs(nodes: Fleet, workers: WorkersConfig, key: str = "workers", asked: int | None = None) -> int:
     """How many runs of this size the cluster holds at once.
 
     Args:
+        nodes: of the cluster.
         key: of `workers` in the configuration.
         asked: how many at most.
 
@@ -150,5 +151,5 @@ def concurrent_runs(workers: WorkersConfig, key: str = "workers", asked: int | N
             allowed = "must be set on Kubernetes, where Ray does not tell how many nodes there may be"
             raise ConfigError("max_concurrent_trials", None, allowed)
         return asked
-    room = fleet().runs(workers, key)
+    room = nodes.runs(workers, key)
     return min(room, asked or room)

@@ -40,7 +40,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.line}: {self.key + ': ' if self.key else ''}{self.message}"
+        return f"{self.key}: {self.message}" if self.key else self.message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _prepared(config: Config) -> tuple[Config | None, tuple[Place, str]]:
         for node in prepared["available_node_types"].values():
             node.setdefault("resources", {})
         validate_config(prepared)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:
         said = one_line(error)
         known: dict[str, Place] = {"node provider": ("provider", "type"), "`head_node_type`": ("head_node_type",)}
         known["max_workers"] = ("max_workers",)

@@ -38,7 +38,7 @@ def examine_cluster(path: Path, sweeps: Sequence[Path]) -> list[Finding]:
     from ray_jobs.sweep import read_sweep
 
     checked = check(path)
-    found = [Finding(f"{path}:{p.line}", False, f"{p.key}: {p.message}".removeprefix(": ")) for p in checked.problems]
+    found = [Finding(f"{path}:{p.line}", False, str(p)) for p in checked.problems]
     found += [Finding(str(path), None, note) for note in checked.notes]
     if checked.fleet is None:
         found.append(Finding("capacity", None, "is not known before the file is right"))

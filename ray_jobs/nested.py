@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gsa.background import apart
 from gsa.training.workers import Workers, WorkersConfig
 from ray_jobs.job import Job
-from ray_jobs.worker import Report, note_resources, release, run_workers, work
+from ray_jobs.worker import Report, note_resources, release, remove_group, run_workers, work
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +155,7 @@ def release_dead(folder: Path) -> None:
         for group, state in ray.util.placement_group_table().items():
             if group[-JOB_DIGITS:] in earlier and state["state"] != "REMOVED":
                 logger.warning("a driver that is gone has left resources: they are let go (placement group %s)", group)
-                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+                remove_group(group)
     for note in notes(folder).glob("*"):
         try:
             ray.get_actor(note.name)

@@ -169,8 +169,9 @@ class Sweep:
         self._refuse_namesake(tracking)
         earlier = self._earlier(tracking)
         with locked(self.folder, f"sweep {config.name!r}"), running():
-            concurrent = concurrent_runs(config.train.workers, "train.workers", config.max_concurrent_trials)
-            budget = Budget(config.budget, config.train.workers, fleet().types)
+            nodes, workers = fleet(), config.train.workers
+            concurrent = concurrent_runs(nodes, workers, "train.workers", config.max_concurrent_trials)
+            budget = Budget(config.budget, workers, nodes.types)
             self._save()
             parent = self._start_parent(tracking, data, budget)
             context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())

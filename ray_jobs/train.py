@@ -27,7 +27,7 @@ from gsa.errors import RunError, one_line
 from gsa.tracking import connect, git_tags
 from gsa.training import checkpoint
 from gsa.training.loop import total_steps
-from ray_jobs.cluster import concurrent_runs, running
+from ray_jobs.cluster import concurrent_runs, fleet, running
 from ray_jobs.job import Job
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
@@ -79,7 +79,7 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
     tracking = connect(config.tracking, config.storage)
     context = TrainContext(config.name, str(folder), git_tags())
     with locked(folder, f"run {config.name!r}"), running():
-        concurrent_runs(config.workers, asked=1)
+        concurrent_runs(fleet(), config.workers, asked=1)
         record = Record(folder / "record.jsonl")
         entry = Entry(config.name, {}, {})
         record.propose(entry)  # again where it goes on: MLflow is then told so

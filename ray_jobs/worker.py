@@ -103,10 +103,15 @@ def release(note: Path) -> None:
         held = json.loads(note.read_text())
     except FileNotFoundError:
         return
-    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(held["placement_group"]))))
+    remove_group(held["placement_group"])
     with contextlib.suppress(ValueError):  # there is no autoscaling
         ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(held["request"])
     note.unlink(missing_ok=True)  # who else lets go at this moment has deleted it
+
+
+def remove_group(placement_group: str) -> None:
+    """Free a placement group by its id, in hexadecimal, whoever made it."""
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
 
 
 def root_cause(error: BaseException) -> BaseException:

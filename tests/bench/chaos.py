@@ -30,7 +30,7 @@ from gsa.errors import RunError
 from gsa.store import TrackingConfig
 from gsa.tracking import connect
 from ray_jobs.record import COMPLETE, Record
-from tests.ray_jobs.head import Head, running_head
+from tests.ray_jobs.head import Head, link_project, running_head
 from tests.ray_jobs.nodes import RAY, kill_all, running_nodes
 from tests.ray_jobs.store import Store
 from tests.ray_jobs.test_sweep import SPACE, write_sweep
@@ -104,7 +104,7 @@ class Driver(threading.Thread):
     def __init__(self, path: Path, head: Head, folder: Path) -> None:
         super().__init__(daemon=True)
         self.arguments = [str(path)]
-        self.head, self.folder, self.starts, self.process = head, folder, 0, None
+        self.head, self.folder, self.starts = head, folder, 0
         self.start()
 
     def run(self) -> None:
@@ -155,8 +155,7 @@ def write(folder: Path, trials: int, seed: int) -> Path:
     train = tiny(folder, seed, training__stages=stages, workers__num_workers=WORKERS, **changes)
     objectives = [{"metric": "held_out_loss"}]
     (folder / "upload").mkdir()
-    for part in ("gsa", "kernels", "ray_jobs"):
-        (folder / "upload" / part).symlink_to(Path(__file__).parents[2] / part)
+    link_project(folder / "upload")
     path = write_sweep(
         folder, seed, train=train, space=SPACE, objectives=objectives, num_samples=trials, max_failures=100
     )

@@ -16,7 +16,7 @@ import psutil
 
 from dashboards.services import free_ports, write_private
 from tests.ray_jobs.nodes import ENVIRONMENT, RAY, write_configuration
-from tests.ray_jobs.test_sweep import wait_for
+from tests.ray_jobs.test_sweep import ROOT, wait_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,12 @@ def running_head(folder: Path, nodes: int = 0, cpus: int = 2) -> Iterator[Head]:
             one.kill()
         process.wait()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_project(folder: Path) -> None:
+    """Put what a job needs of this project in a folder that is uploaded."""
+    for part in ("gsa", "kernels", "ray_jobs"):
+        (folder / part).symlink_to(ROOT / part)
 
 
 def answers(address: str) -> bool:

@@ -8,10 +8,10 @@ import pytest
 
 from gsa.training.steps import PREFIX, steps
 from tests.draw import Draw
-from tests.ray_jobs.head import running_head
+from tests.ray_jobs.head import link_project, running_head
 from tests.ray_jobs.nodes import kill_all, running_nodes
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import ROOT, command, wait_for, write_sweep
+from tests.ray_jobs.test_sweep import command, wait_for, write_sweep
 from tests.text import tiny
 
 STEPS, EVERY = 400, 40
@@ -43,8 +43,7 @@ def test_a_sweep_grows_its_cluster_loses_a_node_and_leaves_none(draw: Draw, tmp_
     changes = {"evaluation__every": EVERY, "training__checkpoint_every": EVERY, "training__log_every": EVERY}
     train = tiny(tmp_path, draw.random.randrange(1000), training__stages=STAGES, **changes)
     path = write_sweep(tmp_path, 0, train=train, num_samples=1, max_failures=5)
-    for part in ("gsa", "kernels", "ray_jobs"):
-        (tmp_path / part).symlink_to(ROOT / part)
+    link_project(tmp_path)
     trials = tmp_path / "runs/sweeps/small/trials"
     with running_head(tmp_path, nodes=2, cpus=1) as head:
         assert not running_nodes(head.gcs_address)

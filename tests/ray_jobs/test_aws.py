@@ -19,18 +19,9 @@ from ray.autoscaler._private.aws import node_provider, utils
 from ray.autoscaler._private.cli_logger import cli_logger
 from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler.node_launch_exception import NodeLaunchException
-from ray.autoscaler.tags import (
-    NODE_KIND_HEAD,
-    NODE_KIND_WORKER,
-    STATUS_UNINITIALIZED,
-    TAG_RAY_LAUNCH_CONFIG,
-    TAG_RAY_NODE_KIND,
-    TAG_RAY_NODE_NAME,
-    TAG_RAY_NODE_STATUS,
-    TAG_RAY_USER_NODE_TYPE,
-)
+from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 
-from ray_jobs.aws import launched
+from ray_jobs.aws import launched, node_tags
 from tests.ray_jobs.test_sweep import ROOT
 
 INSTANCE_TYPES = functools.cache(node_provider.list_ec2_instances)  # moto takes seconds for its list, each time
@@ -104,10 +95,7 @@ class Cluster:
         return found
 
     def start(self, kind: str, count: int = 1) -> list[str]:
-        role = NODE_KIND_HEAD if kind == self.config["head_node_type"] else NODE_KIND_WORKER
-        tags = {TAG_RAY_NODE_KIND: role, TAG_RAY_USER_NODE_TYPE: kind, TAG_RAY_LAUNCH_CONFIG: "0"}
-        tags |= {TAG_RAY_NODE_STATUS: STATUS_UNINITIALIZED, TAG_RAY_NODE_NAME: f"ray-gsa-{role}"}
-        return list(self.provider.create_node(self.node_config(kind), tags, count))
+        return list(self.provider.create_node(self.node_config(kind), node_tags(self.config, kind), count))
 
     def running(self, role: str = NODE_KIND_WORKER) -> set[str]:
         return set(self.provider.non_terminated_nodes({TAG_RAY_NODE_KIND: role}))

@@ -18,7 +18,7 @@ from ray_jobs import submit
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.submit import refuse_large
 from tests.draw import Draw
-from tests.ray_jobs.head import running_head
+from tests.ray_jobs.head import link_project, running_head
 from tests.ray_jobs.nodes import RAY
 from tests.ray_jobs.store import Store
 from tests.ray_jobs.test_sweep import ROOT, command, lines, wait_for, write_sweep
@@ -56,8 +56,7 @@ def test_a_job_is_followed_stopped_and_resumed_and_a_client_may_drop(
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3)
     stages = ["train.training.stages=[{kind: dense, steps: 60}, {kind: sparse, steps: 60}]"]
     arguments = ["submit", str(path), *stages, "train.evaluation.every=20", "--working-dir", str(tmp_path)]
-    for folder in ("gsa", "kernels", "ray_jobs"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+    link_project(tmp_path)
     record = tmp_path / "runs/sweeps/small/record.jsonl"
     client = subprocess.Popen(command(*arguments), env=head, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     wait_for(lambda: lines(record) >= 3)
