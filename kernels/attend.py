@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import hopper
 from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
@@ -26,9 +27,9 @@ from kernels.support import INTERPRET, runs_triton, tuned
 from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
 
-# Queries × heads of a program. In the forward 64 rows read each key from the L2 cache more often than 128 and compute
-# less, as their unions are shorter; what neighbours share costs nothing more for 128. The fastest measured on an H100.
-FORWARD_ROWS, SHARED_ROWS, BACKWARD_ROWS = 64, 128, 128
+# Queries × heads of a program, the fastest measured on an H100. In the forward 64 rows read each key from the L2 cache
+# more often than the 128 of `kernels.hopper` and compute less, as their unions are shorter.
+FORWARD_ROWS, BACKWARD_ROWS = 64, 128
 LOG2_E = math.log2(math.e)
 
 
@@ -80,7 +81,7 @@ def attend_backward_definition(
 
 @torch.library.custom_op("gsa::attend", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False, alike: int = 1
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int, deterministic: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys selected for it.
 
@@ -92,7 +93,6 @@ def attend(
             selects a key after itself.
         most: a bound on the number of keys that one query selects.
         deterministic: gradients equal from run to run, more slowly.
-        alike: how many neighbouring queries share a selection; it decides what the operation costs, not what it is.
 
     Returns:
         The output [B, T, H, d] in the type of `q`, 0 for a query without keys, and the logarithm of the sum of
@@ -106,18 +106,25 @@ def attend(
         return attend_few(q, k, v, words, min(most, k.shape[1]))
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    shared = alike >= WORD and tuned(q)
-    tiles, kv_heads = Tiles.of(heads // k.shape[2], SHARED_ROWS if shared else FORWARD_ROWS), k.shape[2]
+    kv_heads, roles = k.shape[2], _has_roles(q, heads // k.shape[2])
+    tiles = Tiles.of(heads // kv_heads, hopper.ROWS if roles else FORWARD_ROWS)
+    shape = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "TILE": tiles.queries, "PART": tiles.heads,
+        "PARTS": tiles.parts, "WIDE": math.prod(k.shape[1:]) >= 2**31,
+    }  # fmt: skip
     step = queries_at_once(batch, k.shape[1])
     for first in range(0, length, step):
         part = words[:, first // WORD : (first + step) // WORD]
         lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
+        scale, capacity = LOG2_E / math.sqrt(size), lists.keys.shape[2]
+        inputs = (q, k, v, *lists, out, lse, scale, first, length, k.shape[1], capacity)
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
-        _forward[grid](
-            q, k, v, *lists, out, lse, LOG2_E / math.sqrt(size), first, length, k.shape[1], lists.keys.shape[2],
-            HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads, PARTS=tiles.parts,
-            WIDE=math.prod(k.shape[1:]) >= 2**31, **_meta(q, tiles),
-        )  # fmt: skip
+        if roles:
+            works = math.prod(grid)
+            resident = torch.cuda.get_device_properties(q.device).multi_processor_count
+            hopper.attend_tiles[(min(works, resident),)](*inputs, grid[0], works, **shape, **hopper.LAUNCH)
+        else:
+            _forward[grid](*inputs, **shape, **_meta(q, tiles))
     return out, lse
 
 
@@ -172,14 +179,14 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor
 
 
 def _save(ctx, inputs, output):
-    q, k, v, words, most, deterministic, _ = inputs
+    q, k, v, words, most, deterministic = inputs
     ctx.save_for_backward(q, k, v, words, *output)
     ctx.options = (most, deterministic)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
-    return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *attend_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 attend.register_autograd(_differentiate, setup_context=_save)
@@ -188,6 +195,13 @@ attend.register_autograd(_differentiate, setup_context=_save)
 def _rounded(q: Tensor) -> bool:
     """Whether probabilities are rounded to the type of `q` before they multiply values, as tensor cores want it."""
     return q.dtype != torch.float32
+
+
+def _has_roles(q: Tensor, group: int) -> bool:
+    """Whether the forward runs in `kernels.hopper`."""
+    tiles = Tiles.of(group, hopper.ROWS)
+    fills = tiles.queries * tiles.heads == hopper.ROWS
+    return q.is_cuda and tuned(q) and _rounded(q) and fills and q.shape[3] in (64, 128)
 
 
 def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:
@@ -200,8 +214,6 @@ def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) 
         meta |= {"BLOCK": 32, "num_stages": 2, "num_warps": 8 if backward else 4}
     elif fixed:
         meta["BLOCK"] = 32  # int64 atomics take twice the registers
-    elif wide and not backward:
-        meta |= {"BLOCK": 32, "maxnreg": 128}  # so that two programs share a multiprocessor
     return meta
 
 

@@ -140,11 +140,6 @@ class Indexer:
         self.options = {"k_base": k, "k_max": k, **options}
 
     @property
-    def alike(self) -> int:
-        """How many neighbours share a selection."""
-        return self.options.get("share", 1)
-
-    @property
     def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.q, self.k, self.weight, self.bias
 
@@ -251,7 +246,7 @@ def _forward_row(
     time: Callable[[Callable[[], Any]], float],
 ) -> Row:
     def run() -> Any:
-        return attend(*tensors, indexer.select(), most, alike=indexer.alike)
+        return attend(*tensors, indexer.select(), most)
 
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
@@ -263,7 +258,7 @@ def _forward_row(
         "u32": overlap(words, config.k),
         "ours_ms": time(run),
         "select_ms": time(indexer.select),
-        "attend_ms": time(lambda: attend(*tensors, words, most, alike=indexer.alike)),
+        "attend_ms": time(lambda: attend(*tensors, words, most)),
         "dense_ms": dense,
         "peak_gib": peak / 2**30,
         "stages_ms": stages(run),
@@ -287,7 +282,7 @@ def _training_row(
 
     def run() -> Any:
         words = indexer.select()
-        out, lse = attend(*trained, words, most, alike=indexer.alike)
+        out, lse = attend(*trained, words, most)
         loss = divergence(q, k, lse.detach(), words, *scores, most, "gated_sigmoid", TAU)[0].sum()
         return torch.autograd.grad((out, loss), [*trained, *scores], (grad, torch.ones_like(loss)))
 

@@ -14,8 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels import attend, choose, divergence, few, levels, scan, split, unions, windows
+from kernels import attend, choose, divergence, few, hopper, levels, scan, split, unions, windows
 
 INTEGERS = {"starts", "lasts", "words", "counts", "ranks", "ends", "states", "values", "found", "members", "wanted"}
 INTEGERS |= {
@@ -84,8 +85,11 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         of_tile = {**shape, "PART": 4, "TILE": 16, "BLOCK": 64 if tuned else 32}
         found.append((attend._forward, {**of_tile, "WIDE": False}, {"num_warps": 4, "num_stages": 5 if tuned else 2}))
         if tuned:
-            rows = {**shape, "PART": 4, "TILE": 32, "BLOCK": 32, "WIDE": False}
-            found.append((attend._forward, rows, {"num_warps": 8, "num_stages": 5, "maxnreg": 128}))
+            rows = {**shape, "PART": 4, "TILE": 32, "WIDE": False}
+            del rows["ROUNDED"]
+            launch = {name: value for name, value in hopper.LAUNCH.items() if name.isupper()}
+            options = {name: value for name, value in hopper.LAUNCH.items() if not name.isupper()}
+            found.append((hopper.attend_tiles, rows | launch, options))
         for fixed in (False, True):
             constants = {**of_tile, "TILE": 32, "BLOCK": 32 if fixed else 64} if tuned else of_tile
             found.append((attend._backward, {**constants, "FIXED": fixed}, eight))
@@ -122,7 +126,8 @@ def compile_one(
         signature[name] = kind_of(kernel, name, constants)
         if signature[name].startswith("*") or name in ("num_keys", "num_rows", "capacity"):
             aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, aligned)
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(kernel, signature, values, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(nvidia.__file__).parent / "bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -54,6 +54,30 @@ def test_attention_is_as_exact_as_dense_attention_is(draw: Draw, heads: int, kv_
     assert all(ours <= 2 * dense for dense, ours in zip(*errors, strict=True)), errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [3, 4, 8, 64, 80, 160])
+def test_tiles_of_128_rows_equal_the_definition(draw: Draw, group: int, dtype: torch.dtype) -> None:
+    """What `kernels.hopper` computes on sm_90: whole tiles without keys, rows without, and lists of every length."""
+    length, size = draw.random.randint(1, 400), draw.random.choice([64, 128])
+    keys = length + draw.random.choice([0, 77])
+    shapes = ((length, 2 * group), (keys, 2), (keys, 2))
+    q, k, v = (draw.normal(2, n, heads, size).cuda().to(dtype) for n, heads in shapes)
+    seen = torch.rand(2, length, keys, device="cuda") < torch.rand(2, length, 1, device="cuda").square()
+    seen &= torch.rand(2, length, 1, device="cuda") < 0.9
+    seen &= torch.ones(length, keys, dtype=torch.bool, device="cuda").tril(keys - length)
+    if length > 64:
+        seen[:, 32:64] = False
+    out, lse = attend(q, k, v, pack(seen), keys)
+    expected, expected_lse = attend_definition(q.double(), k.double(), v.double(), pack(seen))
+    nothing = ~seen.any(-1)
+    assert (out[nothing] == 0).all()
+    assert (lse[nothing] == -torch.inf).all()
+    if nothing.all():
+        return
+    assert off(out[~nothing], expected[~nothing]) < 4e-3
+    torch.testing.assert_close(lse[~nothing].double(), expected_lse[~nothing], atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("options", [{}, {"block": 32}, {"share": 32}, {"local_window": 40, "sink_tokens": 4}])
 @pytest.mark.parametrize(("heads", "size"), [(1, 128), (4, 64)])
 def test_selections_pass_the_certificate(

@@ -1,0 +1,238 @@
+"""Attention over unions on sm_90: warps that only load, and two groups of warps that only compute.
+
+It computes what `kernels.attend` does, for tiles of 128 rows. Four warps gather keys and values into a ring in shared
+memory. Two groups of four warps take 64 rows each, so that the softmax of one runs beside the products of the other;
+within a group the products with a block's values run beside the softmax of the next block. Programs stay on their
+multiprocessor, one tile after the other, so that a tile's first keys are loaded while the one before it ends.
+
+- Floor: 4·d operations per row and key of the union. Tensor cores alone, without loads, reach 584 TFLOP/s so on an
+  H100, all of it 390 to 480; cuDNN's dense attention reaches 595 on the same one.
+- What is loaded is gathered by `cp.async` and read by `wgmma`; a barrier per slot of the ring says when it has arrived,
+  another when both groups are done with it.
+
+Warps cannot be given roles in Triton's own language, so this is written in Gluon, which has no interpreter: what holds
+of it is tested on a GPU, against `kernels.attend.attend_definition` as all else.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+copy = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)  # its name from Triton 3.9 on
+
+ROWS = 128  # of a tile
+# As they were fastest on an H100, and together all that a multiprocessor has: registers of a thread before the warps
+# take their roles and then of those that compute and that load, and bytes of shared memory for three blocks of keys.
+LAUNCH = {"BLOCK": 128, "STAGES": 3, "COMPUTE": 208, "LOAD": 88, "num_warps": 4, "maxnreg": 168}
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The slot of the ring after `stage`, and the phase of its barriers, which changes with every turn."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _work(number, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr):
+    """Of a piece of work: tile, head of keys, part of its group, batch, where its list begins and how long it is.
+
+    Neighbouring tiles of one head come together: they read much the same keys, which the L2 cache then holds.
+    """
+    capacity, tiles = sizes[3], sizes[4]
+    tile, head, batch = number % tiles, number // tiles % (KV_HEADS * PARTS), number // tiles // (KV_HEADS * PARTS)
+    count = gl.load(counts + batch * tiles + tile)
+    return tile, head // PARTS, head % PARTS, batch.to(gl.int64), (batch.to(gl.int64) * tiles + tile) * capacity, count
+
+
+@gluon.jit
+def _rows(
+    row, tile, kv_head, part, batch, sizes,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Where rows of a tile are among those of all queries and heads, and which are real."""
+    first, length = sizes[0], sizes[1]
+    group: gl.constexpr = HEADS // KV_HEADS
+    query, in_group = first + tile * TILE + row // PART, part * PART + row % PART
+    return (batch * length + query) * HEADS + kv_head * group + in_group, (query < length) & (in_group < group)
+
+
+@gluon.jit
+def _load(
+    q, k, v, list_keys, list_words, counts, sizes, rings, barriers,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
+    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes of a thread
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    entry = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, LAYOUT))
+    word_entry = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    queries, keys, values, words = rings
+    ready_q, empty_q, ready_k, empty_k, ready_v, empty_v = barriers
+    num_keys, works = sizes[2], sizes[5]
+    stage, phase, turn = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(1)
+    for number in range(gl.program_id(0), works, gl.num_programs(0)):
+        tile, kv_head, part, batch, entries, count = _work(number, counts, sizes, KV_HEADS, PARTS)
+        mbarrier.wait(empty_q, turn)
+        for side in gl.static_range(2):
+            at, real = _rows(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+            at = gl.where(real, at, 0)  # any that may be read: what comes of it is not stored
+            copy(queries.index(side), q + (at * D)[:, None] + channel)
+        async_copy.mbarrier_arrive(ready_q, increment_count=False)
+        turn ^= 1
+        kv = (batch * num_keys * KV_HEADS + kv_head) * D
+        last = gl.maximum(gl.cdiv(count, BLOCK) - 1, 0) * BLOCK
+        key = gl.load(list_keys + entries + entry)
+        for i in range(0, count, BLOCK):
+            if WIDE:
+                key = key.to(gl.int64)
+            place = (key * (KV_HEADS * D))[:, None] + channel
+            # the next block's keys are on their way while this one waits for room
+            key = gl.load(list_keys + entries + gl.minimum(i + BLOCK, last) + entry)
+            mbarrier.wait(empty_k.index(stage), phase)
+            copy(keys.index(stage), k + kv + place)
+            copy(words.index(stage), list_words + entries + i + word_entry)
+            async_copy.mbarrier_arrive(ready_k.index(stage), increment_count=False)
+            mbarrier.wait(empty_v.index(stage), phase)
+            copy(values.index(stage), v + kv + place)
+            async_copy.mbarrier_arrive(ready_v.index(stage), increment_count=False)
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _softmax(logits, word, bit, highest, total, scale, LEFT: gl.constexpr, TYPE: gl.constexpr):
+    """A block's probabilities in the layout of a left factor; the running maximum and sum; and how far sums shrink."""
+    word, bit = gl.broadcast(word[None, :], bit[:, None])
+    # In Gluon's own operations LLVM collects the comparisons' outcomes, bit by bit: a third more instructions in all.
+    logits = gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r", [logits, word, bit], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+    higher = gl.maximum(highest, gl.max(logits, 1))
+    p = gl.exp2(logits * scale - (higher * scale)[:, None])
+    shrink = gl.exp2((highest - higher) * scale)
+    return gl.convert_layout(p.to(TYPE), LEFT), higher, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _compute(
+    counts, out, lse, scale, sizes, rings, barriers,
+    SIDE: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
+    PART: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    TYPE: gl.constexpr = out.dtype.element_ty
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
+    WORD: gl.constexpr = gl.SliceLayout(0, LOGITS)
+    row, out_row = SIDE * 64 + gl.arange(0, 64, layout=ROW), SIDE * 64 + gl.arange(0, 64, layout=OUT_ROW)
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))[None, :]
+    nothing = gl.zeros([64, BLOCK], gl.float32, LOGITS)
+    queries, keys, values, words = rings
+    ready_q, empty_q, ready_k, empty_k, ready_v, empty_v = barriers
+    stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for number in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
+        tile, kv_head, part, batch, entries, count = _work(number, counts, sizes, KV_HEADS, PARTS)
+        bit = gl.full([64], 1, gl.int32, ROW) << (tile * TILE % 32 + row // PART)
+        highest = gl.full([64], -1e30, gl.float32, ROW)  # of the logits before they are scaled
+        total = gl.zeros([64], gl.float32, ROW)
+        acc = gl.zeros([64, D], gl.float32, OUT)
+        mbarrier.wait(ready_q, turn)
+        turn ^= 1
+        if count > 0:
+            mbarrier.wait(ready_k.index(stage), phase)
+            logits = warpgroup_mma(queries.index(SIDE), keys.index(stage).permute((1, 0)), nothing, use_acc=False)
+            word = words.index(stage).load(WORD)
+            mbarrier.arrive(empty_k.index(stage))
+            p, highest, total, shrink = _softmax(logits, word, bit, highest, total, scale, LEFT, TYPE)
+            later, later_phase = _next(stage, phase, STAGES)
+            mbarrier.wait(ready_k.index(later), later_phase, pred=count > BLOCK)
+            for i in range(BLOCK, count, BLOCK):
+                logits = warpgroup_mma(
+                    queries.index(SIDE), keys.index(later).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                mbarrier.wait(ready_v.index(stage), phase)
+                acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
+                logits = warpgroup_mma_wait(1, deps=[logits])
+                word = words.index(later).load(WORD)
+                mbarrier.arrive(empty_k.index(later))
+                following, highest, total, shrink = _softmax(logits, word, bit, highest, total, scale, LEFT, TYPE)
+                # This wait stands here because ptxas moves no softmax across it: it would, across the one for the
+                # products, and nothing would run beside them any more.
+                third, third_phase = _next(later, later_phase, STAGES)
+                mbarrier.wait(ready_k.index(third), third_phase, pred=i + BLOCK < count)
+                acc, p, following = warpgroup_mma_wait(0, deps=[acc, p, following])
+                mbarrier.arrive(empty_v.index(stage))
+                acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
+                p, stage, phase, later, later_phase = following, later, later_phase, third, third_phase
+            mbarrier.arrive(empty_q)
+            mbarrier.wait(ready_v.index(stage), phase)
+            acc = warpgroup_mma(p, values.index(stage), acc)
+            mbarrier.arrive(empty_v.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
+        else:
+            mbarrier.arrive(empty_q)
+        empty = total == 0
+        log = gl.where(empty, float("-inf"), (highest * scale + gl.log2(total)) * 0.6931471805599453)
+        at, real = _rows(row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+        gl.store(lse + at, log, mask=real)
+        acc = acc / gl.convert_layout(gl.where(empty, 1.0, total), OUT_ROW)[:, None]
+        at, real = _rows(out_row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+        gl.store(out + (at * D)[:, None] + channel, acc.to(TYPE), mask=real[:, None])
+
+
+@gluon.jit
+def attend_tiles(
+    q, k, v, list_keys, list_words, counts, out, lse, scale, first, length, num_keys, capacity, tiles, works,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, COMPUTE: gl.constexpr,
+    LOAD: gl.constexpr,
+):  # fmt: skip
+    """As `kernels.attend._forward`; lists are padded to BLOCK, and `works` is tiles × heads of keys × PARTS × batch."""
+    TYPE: gl.constexpr = q.dtype.element_ty
+    OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], TYPE)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    rings = (
+        gl.allocate_shared_memory(TYPE, [2, 64, D], OPERAND),
+        gl.allocate_shared_memory(TYPE, [STAGES, BLOCK, D], OPERAND),
+        gl.allocate_shared_memory(TYPE, [STAGES, BLOCK, D], OPERAND),
+        gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+    )
+    ready_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    empty_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    ready_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    # each of the 128 threads that load says so for itself, each of the two groups that compute once
+    mbarrier.init(ready_q, count=128)
+    mbarrier.init(empty_q, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready_k.index(i), count=128)
+        mbarrier.init(empty_k.index(i), count=2)
+        mbarrier.init(ready_v.index(i), count=128)
+        mbarrier.init(empty_v.index(i), count=2)
+    fence_async_shared()
+    barriers = (ready_q, empty_q, ready_k, empty_k, ready_v, empty_v)
+    sizes = (first, length, num_keys, capacity, tiles, works)
+    gl.warp_specialize(
+        [
+            (_compute, (counts, out, lse, scale, sizes, rings, barriers, 0, HEADS, KV_HEADS, D, TILE, PART, PARTS,
+                        BLOCK, STAGES)),
+            (_compute, (counts, out, lse, scale, sizes, rings, barriers, 1, HEADS, KV_HEADS, D, TILE, PART, PARTS,
+                        BLOCK, STAGES)),
+            (_load, (q, k, v, list_keys, list_words, counts, sizes, rings, barriers, HEADS, KV_HEADS, D, TILE, PART,
+                     PARTS, BLOCK, STAGES, WIDE)),
+        ],
+        [4, 4],
+        [COMPUTE, LOAD],
+    )  # fmt: skip
