@@ -3,7 +3,7 @@
 With every visible key selected it is the loss of the indexer's warm-up. A program takes a tile of 32 queries and walks
 through the union of their selections, a block of keys at a time: it makes the block's attention anew from the saved
 logarithms of the softmax's sums, head after head, and its scores, all indexer heads at once. No [H, T, S] tensor
-exists.
+exists. On sm_90 the forward of the warm-up is `kernels.dense_divergence`.
 
 Floor: 2·d operations per head, query and key of the union, half of the attention itself.
 """
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import dense_divergence
 from kernels.gradient import Gradient, add
 from kernels.rule import Scores, scores_definition
 from kernels.scores import KINDS, sigmoid
@@ -106,11 +107,14 @@ def divergence(
         The divergence of each query in nats [B, T] fp32, 0 for a query without keys; and the logarithm of Σ exp(τ · I),
         [B, T] fp32, which the gradient needs.
     """
+    scores = Scores(index_q, index_k, weight, bias)
     if not runs_triton(q):
-        return divergence_definition(q, k, lse, words, Scores(index_q, index_k, weight, bias), kind, tau)
+        return divergence_definition(q, k, lse, words, scores, kind, tau)
+    if dense_divergence.takes(q, k, scores, most):
+        return dense_divergence.divergence(q, k, lse, words, scores, kind, tau)
     loss = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     sums = torch.empty_like(loss)
-    launch = _Launch(q, k, lse, words, Scores(index_q, index_k, weight, bias), most, kind, tau)
+    launch = _Launch(q, k, lse, words, scores, most, kind, tau)
     for lists, common in launch.chunks():
         _forward[launch.grid(lists)](*common, loss, sums, **launch.shape)
     return loss, sums

@@ -33,10 +33,16 @@ LAUNCH = {"BLOCK": 128, "STAGES": 3, "COMPUTE": 208, "LOAD": 88, "num_warps": 4,
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
+def advance(stage, phase, STAGES: gl.constexpr):
     """The slot of the ring after `stage`, and the phase of its barriers, which changes with every turn."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def arrived(barrier):
+    """Have each thread that loads say so at `barrier` once all that it has started to copy is there."""
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 
 @gluon.jit
@@ -85,7 +91,7 @@ def _load(
             at, real = _rows(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
             at = gl.where(real, at, 0)  # any that may be read: what comes of it is not stored
             copy(queries.index(side), q + (at * D)[:, None] + channel)
-        async_copy.mbarrier_arrive(ready_q, increment_count=False)
+        arrived(ready_q)
         turn ^= 1
         kv = (batch * num_keys * KV_HEADS + kv_head) * D
         last = gl.maximum(gl.cdiv(count, BLOCK) - 1, 0) * BLOCK
@@ -99,22 +105,30 @@ def _load(
             mbarrier.wait(empty_k.index(stage), phase)
             copy(keys.index(stage), k + kv + place)
             copy(words.index(stage), list_words + entries + i + word_entry)
-            async_copy.mbarrier_arrive(ready_k.index(stage), increment_count=False)
+            arrived(ready_k.index(stage))
             mbarrier.wait(empty_v.index(stage), phase)
             copy(values.index(stage), v + kv + place)
-            async_copy.mbarrier_arrive(ready_v.index(stage), increment_count=False)
-            stage, phase = _next(stage, phase, STAGES)
+            arrived(ready_v.index(stage))
+            stage, phase = advance(stage, phase, STAGES)
+
+
+@gluon.jit
+def chosen(x, word, bit, other):
+    """`x` where the words have the bit, `other` elsewhere.
+
+    With `gl.where`, LLVM collects the comparisons' outcomes bit by bit: a third more instructions in all.
+    """
+    word, bit = gl.broadcast(word, bit)
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, $4, p; }",
+        "=f,f,r,r,f", [x, word, bit, other], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _softmax(logits, word, bit, highest, total, scale, LEFT: gl.constexpr, TYPE: gl.constexpr):
     """A block's probabilities in the layout of a left factor; the running maximum and sum; and how far sums shrink."""
-    word, bit = gl.broadcast(word[None, :], bit[:, None])
-    # In Gluon's own operations LLVM collects the comparisons' outcomes, bit by bit: a third more instructions in all.
-    logits = gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }",
-        "=f,f,r,r", [logits, word, bit], dtype=gl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
+    logits = chosen(logits, word[None, :], bit[:, None], float("-inf"))
     higher = gl.maximum(highest, gl.max(logits, 1))
     p = gl.exp2(logits * scale - (higher * scale)[:, None])
     shrink = gl.exp2((highest - higher) * scale)
@@ -154,7 +168,7 @@ def _compute(
             word = words.index(stage).load(WORD)
             mbarrier.arrive(empty_k.index(stage))
             p, highest, total, shrink = _softmax(logits, word, bit, highest, total, scale, LEFT, TYPE)
-            later, later_phase = _next(stage, phase, STAGES)
+            later, later_phase = advance(stage, phase, STAGES)
             mbarrier.wait(ready_k.index(later), later_phase, pred=count > BLOCK)
             for i in range(BLOCK, count, BLOCK):
                 logits = warpgroup_mma(
@@ -168,7 +182,7 @@ def _compute(
                 following, highest, total, shrink = _softmax(logits, word, bit, highest, total, scale, LEFT, TYPE)
                 # This wait stands here because ptxas moves no softmax across it: it would, across the one for the
                 # products, and nothing would run beside them any more.
-                third, third_phase = _next(later, later_phase, STAGES)
+                third, third_phase = advance(later, later_phase, STAGES)
                 mbarrier.wait(ready_k.index(third), third_phase, pred=i + BLOCK < count)
                 acc, p, following = warpgroup_mma_wait(0, deps=[acc, p, following])
                 mbarrier.arrive(empty_v.index(stage))
@@ -178,7 +192,7 @@ def _compute(
             mbarrier.wait(ready_v.index(stage), phase)
             acc = warpgroup_mma(p, values.index(stage), acc)
             mbarrier.arrive(empty_v.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         else:
             mbarrier.arrive(empty_q)
         empty = total == 0

@@ -14,9 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels import attend, choose, divergence, few, hopper, levels, scan, split, unions, windows
+from kernels import attend, choose, dense_divergence, divergence, few, hopper, levels, scan, split, unions, windows
 
 INTEGERS = {"starts", "lasts", "words", "counts", "ranks", "ends", "states", "values", "found", "members", "wanted"}
 INTEGERS |= {
@@ -31,8 +32,10 @@ INTEGERS |= {
     "of_key",
     "near",
     "sinks",
+    "busy",
 }
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "loss", "dweight", "dbias"}
+FLOATS |= {"negative_entropy", "expected", "mass"}
 FLOATS |= {"logs", "dk", "dv", "dk_unit", "dv_unit"}
 SCALARS = {"scale", "index_scale", "tau", "threshold"}
 ROUNDED = {"q", "k", "v", "out", "grad", "dq", "index_q", "index_k", "weights"}
@@ -56,6 +59,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (unions._list, {"LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (unions._list, {"LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (windows._spread, {"BLOCK": 1024}, four),
+        (dense_divergence._busy, {}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         (choose.choose, {"P": 4096}, {"num_warps": 8}),
@@ -90,6 +94,10 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             launch = {name: value for name, value in hopper.LAUNCH.items() if name.isupper()}
             options = {name: value for name, value in hopper.LAUNCH.items() if not name.isupper()}
             found.append((hopper.attend_tiles, rows | launch, options))
+            every = {"HEADS": 32, "KV_HEADS": 8, "D": size, "RUN": dense_divergence.RUN}
+            launch = {name: value for name, value in dense_divergence.LAUNCH.items() if name.isupper()}
+            for kind, shape in ((0, {"INDEX_HEADS": 1, "INDEX_D": 128}), (2, {"INDEX_HEADS": 4, "INDEX_D": 64})):
+                found.append((dense_divergence._divergence, every | shape | launch | {"KIND": kind}, options))
         for fixed in (False, True):
             constants = {**of_tile, "TILE": 32, "BLOCK": 32 if fixed else 64} if tuned else of_tile
             found.append((attend._backward, {**constants, "FIXED": fixed}, eight))
@@ -140,6 +148,9 @@ def compile_one(
 
 def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
+    if kernel is dense_divergence._divergence and name in ("q", "k", "index_q", "index_k"):
+        block = [128, constants["INDEX_D" if name.startswith("index") else "D"]]
+        return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
     of_words = kernel in (windows._spread, levels._widen_kernel)
     if name in ("dk", "dv"):
         return "*i64" if constants["FIXED"] else "*fp32"

@@ -12,12 +12,16 @@ from gsa.attention.controller import ControllerConfig
 from gsa.attention.selection import SelectionConfig
 from gsa.evaluation.speed import layer_rows
 from gsa.model import GSAForCausalLM, ModelConfig
+from kernels import dense_divergence
 from kernels.attend import attend, attend_backward_definition, attend_definition
 from kernels.bench import Indexer, dense_attention
+from kernels.divergence import divergence, divergence_definition
 from kernels.levels import pool
 from kernels.rule import Rule, Scores, scores_definition
+from kernels.scores import KINDS
 from kernels.select import select
 from kernels.support import INTERPRET
+from kernels.windows import visible
 from kernels.words import WORD, pack, unpack
 from tests.draw import CONTROLLERS, Draw
 from tests.kernels.training import curves
@@ -76,6 +80,34 @@ def test_tiles_of_128_rows_equal_the_definition(draw: Draw, group: int, dtype: t
         return
     assert off(out[~nothing], expected[~nothing]) < 4e-3
     torch.testing.assert_close(lse[~nothing].double(), expected_lse[~nothing], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (12, 4, 64), (6, 6, 128)])
+def test_the_loss_of_the_warm_up_equals_its_definition(
+    draw: Draw, heads: int, kv_heads: int, size: int, kind: str
+) -> None:
+    """What `kernels.dense_divergence` computes on sm_90: documents that begin anywhere, rows that see nothing."""
+    length, dtype = draw.random.randint(1, 3000), draw.random.choice([torch.bfloat16, torch.float16])
+    index_heads, index_size = draw.random.randint(1, 4), draw.random.choice([64, 128])
+    shapes = ((heads, size), (kv_heads, size), (index_heads, index_size))
+    q, k, index_q = (draw.normal(2, length, *shape).cuda().to(dtype) for shape in shapes)
+    index_k = draw.normal(2, length, index_size).cuda().to(dtype)
+    weight = None if kind == "sigmoid" else draw.normal(2, length, index_heads).cuda().sigmoid().to(dtype)
+    bias = None if kind == "relu" else draw.normal(index_heads).cuda()
+    period = draw.random.choice([length, draw.random.randint(1, 1000)])
+    starts = (torch.arange(length, device="cuda") // period * period).expand(2, -1)
+    words = visible(starts, torch.arange(length, device="cuda"), length)
+    words[:, : draw.random.randint(0, 3)] = 0
+    scores = Scores(index_q, index_k, weight, bias)
+    lse = attend_definition(q, k, k, words)[1]
+    assert dense_divergence.takes(q, k, scores, length) == (torch.cuda.get_device_capability()[0] == 9)
+    found = divergence(q, k, lse, words, *scores, length, kind, 3.0)
+    gates = [None if x is None else x.double() for x in (weight, bias)]
+    exact = Scores(index_q.double(), index_k.double(), *gates)
+    expected = divergence_definition(q.double(), k.double(), lse.double(), words, exact, kind, 3.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"block": 32}, {"share": 32}, {"local_window": 40, "sink_tokens": 4}])
