@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.support import runs_triton
+from kernels.support import INTERPRET, runs_triton
 from kernels.words import WORD, pack, unpack
 
-BLOCK = 1024  # keys of a program
+BLOCK = 16 if INTERPRET else 1024  # keys of a program
 
 
 class Windows(NamedTuple):
@@ -106,11 +106,16 @@ def _spread(words, number, firsts, lasts, out, num_words, length, num_keys, BLOC
     alone = tl.min(tl.where(real, leaders, leader)) == leader
     first = tl.min(tl.load(firsts + at, mask=real, other=2147483647))
     last = tl.max(tl.load(lasts + at, mask=real, other=-1))
+    everywhere = (start >= tl.max(tl.load(firsts + at, mask=real, other=-1))) & (
+        start + BLOCK - 1 <= tl.min(tl.load(lasts + at, mask=real, other=2147483647))
+    )
+    everyone = tl.sum(tl.where(real, tl.full((32,), 1, tl.int32) << query, 0))
     word = tl.zeros((BLOCK,), tl.int32)
-    if start <= last:
+    if everywhere:
+        word = tl.zeros((BLOCK,), tl.int32) + everyone
+    elif start <= last:
         if alone:  # the usual case: windows are no smaller than words
             led = tl.load(words + (batch * num_words + leader // 32) * num_keys + key, mask=inside, other=0)
-            everyone = tl.sum(tl.where(real, tl.full((32,), 1, tl.int32) << query, 0))
             word = -((led >> (leader % 32)) & 1) & everyone
         else:
             for j in range(count):

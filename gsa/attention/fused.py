@@ -84,7 +84,7 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     if frozen and not selects and not tokens.packed and num_keys == tokens.q.shape[1]:  # as in the warm-up
         attended, lse = attend_all(tokens.q, tokens.k, tokens.v)
     else:
-        attended, lse = attend(tokens.q, tokens.k, tokens.v, words, most, deterministic, share)
+        attended, lse = attend(tokens.q, tokens.k, tokens.v, words, most, deterministic)
     loss = None
     if trains and scores is not None:
         kind, tau = config.indexer.kind, config.indexer.temperature

@@ -212,11 +212,11 @@ def test_attention_without_keys_or_queries_is_nothing(draw: Draw) -> None:
 
 
 def test_visible_words_are_causal_and_stay_in_their_document(draw: Draw) -> None:
-    starts = draw.starts(2, 70)
-    key = torch.arange(70)
-    expected = (key >= starts[..., None]) & (key <= key[:, None])
-    assert torch.equal(unpack(visible(starts, key, 70), 70), expected)
-    assert torch.equal(unpack(pack(expected), 70), expected)
+    key, period = torch.arange(110), draw.random.randint(50, 110)
+    for starts in (draw.starts(2, 110), (key // period * period).expand(2, -1)):
+        expected = (key >= starts[..., None]) & (key <= key[:, None])
+        assert torch.equal(unpack(visible(starts, key, 110), 110), expected)
+        assert torch.equal(unpack(pack(expected), 110), expected)
 
 
 def test_some_rows_of_words_are_those_of_the_whole_selection(draw: Draw) -> None:
