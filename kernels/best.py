@@ -255,10 +255,10 @@ class Launch(NamedTuple):
         one_head, given = scores.q.shape[2] == 1, rule.controller == "given"
         shape, hopper = _shape(scores, rule), tuned(scores.q)
         keys: Options = {"N": 128 if one_head or (given and not listed) else 64}  # or registers do not suffice
-        again: Options = {"N": 64 if one_head else 128}
+        again: Options = {"N": 128, "num_warps": 2}
         few: Options = {"N": 64}
         if not hopper:
-            keys, again = {"N": 64}, {"N": 64 if one_head else 32}
+            keys, again = {"N": 64}, {"N": 64 if one_head else 32, "num_warps": 4}
         if INTERPRET:
             keys = again = few = {}
         wide = {**shape, "LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3 if hopper else 2, **keys}
@@ -268,7 +268,7 @@ class Launch(NamedTuple):
             most: Options = {"maxnreg": 128} if one_head and hopper and not INTERPRET else {}
             mark = [both | {"PART": 1} | most, both | {"PART": 2}]
         search = {**shape, "LISTED": listed, "num_warps": 8, **few}
-        return cls(wide, mark, {**shape, "num_warps": 4, **again}, search)
+        return cls(wide, mark, {**shape, **again}, search)
 
 
 class Sampling(NamedTuple):

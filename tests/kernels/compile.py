@@ -117,8 +117,9 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
                 found.append((scan.sample, half, eight))
                 found += [(scan.mark, {**half, "SUM": kind, "PART": 0}, eight) for kind in (1, 2, 3)]
             found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64}, {"num_warps": 8}))
-        narrow = (128 if tuned else 32) if several else 64
-        found.append((choose.rescore, {**shape, "M": 16, "N": narrow, "FORCES": True}, four))
+        narrow = 128 if tuned else (32 if several else 64)
+        warps = {"num_warps": 2 if tuned else 4}
+        found.append((choose.rescore, {**shape, "M": 16, "N": narrow, "FORCES": True}, warps))
     return found
 
 
