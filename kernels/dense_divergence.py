@@ -43,10 +43,8 @@ def takes(q: Tensor, k: Tensor, scores: Scores, most: int) -> bool:
     )
 
 
-def divergence(
-    q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float
-) -> tuple[Tensor, Tensor]:
-    """As `kernels.divergence.divergence`."""
+def divergence_sums(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float) -> Tensor:
+    """The sums of `kernels.divergence.of_sums`, [4, N, B, T]."""
     batch, length, heads, size = q.shape
     num_keys, (index_heads, index_size) = k.shape[1], scores.q.shape[2:]
     blocks = triton.cdiv(num_keys, TILE)
@@ -67,9 +65,7 @@ def divergence(
             HEADS=heads, KV_HEADS=k.shape[2], D=size, KIND=KINDS[kind], INDEX_HEADS=index_heads, INDEX_D=index_size,
             RUN=RUN, **LAUNCH,
         )  # fmt: skip
-    negative_entropy, expected, mass, logs = sums
-    log = logs.logsumexp(0)
-    return negative_entropy.sum(0) - expected.sum(0) + mass.sum(0) * log.masked_fill(log == -math.inf, 0), log
+    return sums
 
 
 def _rows(x: Tensor) -> TensorDescriptor:

@@ -23,6 +23,8 @@ from kernels.support import INTERPRET, runs_triton, tuned
 from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
 
+RUNS = 2  # programs for the list of one tile: side by side they read its queries, 8 KiB a head, from the L2 cache
+
 
 def divergence_definition(
     q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float
@@ -111,13 +113,19 @@ def divergence(
     if not runs_triton(q):
         return divergence_definition(q, k, lse, words, scores, kind, tau)
     if dense_divergence.takes(q, k, scores, most):
-        return dense_divergence.divergence(q, k, lse, words, scores, kind, tau)
-    loss = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    sums = torch.empty_like(loss)
+        return of_sums(*dense_divergence.divergence_sums(q, k, lse, words, scores, kind, tau))
+    sums = torch.empty(4, RUNS, *q.shape[:2], dtype=torch.float32, device=q.device)
     launch = _Launch(q, k, lse, words, scores, most, kind, tau)
     for lists, common in launch.chunks():
-        _forward[launch.grid(lists)](*common, loss, sums, **launch.shape)
-    return loss, sums
+        _forward[launch.grid(lists)](*common, *sums, **launch.shape)
+    return of_sums(*sums)
+
+
+def of_sums(negative_entropy: Tensor, expected: Tensor, mass: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence and the logarithm of Σ exp(logit), from runs of keys [N, B, T]: Σ p log p, Σ p · logit and Σ p of
+    the target, and the logarithm of each run."""
+    log = logs.logsumexp(0)
+    return negative_entropy.sum(0) - expected.sum(0) + mass.sum(0) * log.masked_fill(log == -math.inf, 0), log
 
 
 @divergence.register_fake
@@ -147,8 +155,8 @@ def divergence_backward(
     if not runs_triton(q):
         return divergence_backward_definition(grad, q, k, lse, words, scores, sums, kind, tau)
     batch, length, heads, size = index_q.shape
-    dq = torch.empty_like(index_q, memory_format=torch.contiguous_format)
-    dweight = torch.empty(index_q.shape[:3], dtype=torch.float32, device=q.device)
+    dq = torch.empty(RUNS, *index_q.shape, dtype=torch.float32, device=q.device)
+    dweight = torch.empty(RUNS, *index_q.shape[:3], dtype=torch.float32, device=q.device)
     dbias = torch.empty_like(dweight)
     largest = 2 * tau * grad.abs().amax() * index_q.float().abs().amax() / math.sqrt(size) if q.numel() else grad.sum()
     largest = largest if weight is None else largest * weight.abs().amax().clamp_min(1e-30)
@@ -162,10 +170,10 @@ def divergence_backward(
         )
     none = torch.empty(0, device=q.device)
     return (
-        dq,
+        dq.sum(0).to(index_q.dtype),
         dk.result(),
-        none if weight is None else dweight.to(weight.dtype),
-        none if bias is None else dbias.sum((0, 1)).to(bias.dtype),
+        none if weight is None else dweight.sum(0).to(weight.dtype),
+        none if bias is None else dbias.sum((0, 1, 2)).to(bias.dtype),
     )
 
 
@@ -234,7 +242,7 @@ class _Launch:
             yield lists, (*self.tensors, *lists, *self.scalars, *sizes)
 
     def grid(self, lists):
-        return (lists.counts.shape[1], self.batch)
+        return (RUNS, lists.counts.shape[1], self.batch)
 
 
 @triton.jit
@@ -315,24 +323,32 @@ def _block(
 
 
 @triton.jit
+def _run(run, count, BLOCK: tl.constexpr):
+    """From where to where a program walks through a list of `count` keys, of which it takes one part of several."""
+    length = tl.cdiv(tl.cdiv(count, BLOCK), tl.num_programs(0)) * BLOCK
+    return run * length, tl.minimum(count, run * length + length)
+
+
+@triton.jit
 def _forward(
     q, k, lse, index_q, index_k, weights, biases, list_keys, list_words, counts, scale, index_scale, tau,
-    first, length, num_keys, capacity, loss, sums,
+    first, length, num_keys, capacity, negative_entropies, expectations, masses, logs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
     KIND: tl.constexpr, INDEX_HEADS: tl.constexpr, PADDED: tl.constexpr, INDEX_D: tl.constexpr, INDEX_P: tl.constexpr,
     FAST: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    run, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = first + tile * 32 + tl.arange(0, 32)
     real = query < length
     row, inside, queries, weight, bias = _columns(
         index_q, weights, biases, query, batch, length, KIND, INDEX_HEADS, PADDED, INDEX_D, INDEX_P
     )
-    own = batch * tl.num_programs(0) + tile
+    own = batch * tl.num_programs(1) + tile
     negative_entropy, expected = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     mass = tl.zeros((32,), tl.float32)
     highest, total = tl.full((32,), -1e30, tl.float32), tl.zeros((32,), tl.float32)
-    for i in range(0, tl.load(counts + own), BLOCK):
+    begin, end = _run(run, tl.load(counts + own), BLOCK)
+    for i in range(begin, end, BLOCK):
         word, selected, target, place, index_keys, each = _block(
             i, own * capacity, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
             index_scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, KIND, INDEX_D, INDEX_P, FAST, BLOCK,
@@ -348,9 +364,11 @@ def _forward(
         highest = higher
     empty = total == 0
     log = tl.where(empty, float("-inf"), highest + tl.log(tl.where(empty, 1.0, total)))
-    divergence = negative_entropy - expected + mass * tl.where(empty, 0.0, log)
-    tl.store(loss + batch * length + query, divergence, mask=real)
-    tl.store(sums + batch * length + query, log, mask=real)
+    out = (run * tl.num_programs(2) + batch) * length + query
+    tl.store(negative_entropies + out, negative_entropy, mask=real)
+    tl.store(expectations + out, expected, mask=real)
+    tl.store(masses + out, mass, mask=real)
+    tl.store(logs + out, log, mask=real)
 
 
 @triton.jit
@@ -361,20 +379,21 @@ def _backward(
     KIND: tl.constexpr, INDEX_HEADS: tl.constexpr, PADDED: tl.constexpr, INDEX_D: tl.constexpr, INDEX_P: tl.constexpr,
     FAST: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    run, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = first + tile * 32 + tl.arange(0, 32)
     real = query < length
     row, inside, queries, weight, bias = _columns(
         index_q, weights, biases, query, batch, length, KIND, INDEX_HEADS, PADDED, INDEX_D, INDEX_P
     )
     channel = tl.arange(0, INDEX_P)
-    own = batch * tl.num_programs(0) + tile
+    own = batch * tl.num_programs(1) + tile
     log = tl.load(sums + batch * length + query, mask=real, other=float("inf"))
     log = tl.where(log == float("-inf"), float("inf"), log)
     upstream = tl.load(grad + batch * length + query, mask=real, other=0.0) * tau
     of_queries = tl.zeros((PADDED * 32, INDEX_P), tl.float32)
     of_weights, of_biases = tl.zeros((PADDED * 32,), tl.float32), tl.zeros((PADDED * 32,), tl.float32)
-    for i in range(0, tl.load(counts + own), BLOCK):
+    begin, end = _run(run, tl.load(counts + own), BLOCK)
+    for i in range(begin, end, BLOCK):
         word, selected, target, place, index_keys, each = _block(
             i, own * capacity, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
             index_scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, KIND, INDEX_D, INDEX_P, FAST, BLOCK,
@@ -393,6 +412,7 @@ def _backward(
         of_queries = tl.dot(tl.trans(of_products), index_keys, of_queries, input_precision="ieee")
         wanted = (word != 0)[:, None] & (channel < INDEX_D)[None, :]
         add(dk, place, tl.dot(of_products, queries, input_precision="ieee"), wanted, dk_unit, FIXED)
+    row += run * tl.num_programs(2) * length * INDEX_HEADS
     tl.store(dq + row[:, None] * INDEX_D + channel, of_queries, mask=inside[:, None] & (channel < INDEX_D))
     tl.store(dweight + row, of_weights, mask=inside)
     tl.store(dbias + row, of_biases, mask=inside)

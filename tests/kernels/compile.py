@@ -34,8 +34,8 @@ INTEGERS |= {
     "sinks",
     "busy",
 }
-FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "loss", "dweight", "dbias"}
-FLOATS |= {"negative_entropy", "expected", "mass"}
+FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "dweight", "dbias"}
+FLOATS |= {"negative_entropy", "expected", "mass", "negative_entropies", "expectations", "masses"}
 FLOATS |= {"logs", "dk", "dv", "dk_unit", "dv_unit"}
 SCALARS = {"scale", "index_scale", "tau", "threshold"}
 ROUNDED = {"q", "k", "v", "out", "grad", "dq", "index_q", "index_k", "weights"}
@@ -155,7 +155,7 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     of_words = kernel in (windows._spread, levels._widen_kernel)
     if name in ("dk", "dv"):
         return "*i64" if constants["FIXED"] else "*fp32"
-    if name == "grad" and "INDEX_D" in constants:
+    if name in ("grad", "dq") and "INDEX_D" in constants:
         return "*fp32"
     if name in ROUNDED and not (name == "out" and of_words):
         return "*bf16"
