@@ -6,7 +6,7 @@ within a group the products with a block's values run beside the softmax of the 
 multiprocessor, one tile after the other, so that a tile's first keys are loaded while the one before it ends.
 
 - Floor: 4·d operations per row and key of the union. Tensor cores alone, without loads, reach 584 TFLOP/s so on an
-  H100, all of it 390 to 480; cuDNN's dense attention reaches 595 on the same one.
+  H100, all of it 450 to 550; cuDNN's dense attention reaches 595 on the same one.
 - What is loaded is gathered by `cp.async` and read by `wgmma`; a barrier per slot of the ring says when it has arrived,
   another when both groups are done with it.
 
