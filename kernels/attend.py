@@ -45,6 +45,16 @@ class Tiles(NamedTuple):
         heads = min(triton.next_power_of_2(group), rows)
         return cls(min(WORD, rows // heads), heads, -(-group // heads))
 
+    @classmethod
+    def of_forward(cls, group: int, roles: bool) -> "Tiles":
+        """Those of the forward; `roles`: on a GPU for which there is `kernels.hopper`, which wants its tiles full."""
+        full = cls.of(group, hopper.ROWS)
+        return full if roles and full.rows == hopper.ROWS else cls.of(group, FORWARD_ROWS)
+
+    @property
+    def rows(self) -> int:
+        return self.queries * self.heads
+
 
 def attend_definition(q: Tensor, k: Tensor, v: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """What `attend` computes, in plain PyTorch and at least fp32."""
@@ -106,8 +116,9 @@ def attend(
         return attend_few(q, k, v, words, min(most, k.shape[1]))
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
-    kv_heads, roles = k.shape[2], _has_roles(q, heads // k.shape[2])
-    tiles = Tiles.of(heads // kv_heads, hopper.ROWS if roles else FORWARD_ROWS)
+    kv_heads = k.shape[2]
+    tiles = Tiles.of_forward(heads // kv_heads, _has_roles(q))
+    roles = tiles.rows == hopper.ROWS
     shape = {
         "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "TILE": tiles.queries, "PART": tiles.heads,
         "PARTS": tiles.parts, "WIDE": math.prod(k.shape[1:]) >= 2**31,
@@ -197,16 +208,14 @@ def _rounded(q: Tensor) -> bool:
     return q.dtype != torch.float32
 
 
-def _has_roles(q: Tensor, group: int) -> bool:
-    """Whether the forward runs in `kernels.hopper`."""
-    tiles = Tiles.of(group, hopper.ROWS)
-    fills = tiles.queries * tiles.heads == hopper.ROWS
-    return q.is_cuda and tuned(q) and _rounded(q) and fills and q.shape[3] in (64, 128)
+def _has_roles(q: Tensor) -> bool:
+    """Whether there is `kernels.hopper` for queries like these."""
+    return q.is_cuda and tuned(q) and _rounded(q) and q.shape[3] in (64, 128)
 
 
 def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:
     """How the kernels are launched; the fastest measured on an H100."""
-    wide = tiles.queries * tiles.heads >= 128
+    wide = tiles.rows >= 128
     meta = {"BLOCK": 64, "ROUNDED": _rounded(q), "num_warps": 8 if wide else 4, "num_stages": 3 if backward else 5}
     if INTERPRET:
         meta["BLOCK"] = 16

@@ -5,8 +5,8 @@
 - A stage takes the longest of the times that its device memory, its second-level cache, its matrix products and its
   special functions need. Stages and layers follow one another.
 - It is a model. It orders configurations, and at 64K tokens and more its milliseconds are near those of
-  kernels/RESULTS.md. Below, the host takes half of a forward's time there, which is not in it: a CUDA graph takes that
-  away. Nor are projections and gates.
+  kernels/RESULTS.md. The host's part, a third of a forward's time at 8K tokens there, is not in it: a CUDA graph takes
+  that away. Nor are projections and gates.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from torch import Tensor
 from gsa.attention.config import AttentionConfig
 from gsa.evaluation.selections import TILES, Selected, observe
 from gsa.model import GSAForCausalLM
-from kernels.attend import FORWARD_ROWS, Tiles
+from kernels.attend import Tiles
 from kernels.unions import queries_at_once
 from kernels.words import WORD
 
@@ -37,13 +37,14 @@ class Reference:
     operations: float  # of bf16 matrix products
     special: float  # sigmoids and exponentials
     dense_share: float  # of `operations`, in dense attention
-    sparse_share: float  # of `operations`, in scores and in attention over unions
+    scores_share: float  # of `operations`, in the indexer's scores
+    attention_share: float  # of `operations`, in attention over unions
     selection_share: float  # of both bandwidths, in selection
 
 
 # NVIDIA's data sheet of the H100 SXM: 3.35 TB/s, 990 TFLOP/s. CUDA programming guide: 16 special functions per cycle of
 # each of 132 multiprocessors, at 1.755 GHz. The rest is kernels/RESULTS.md at 128K: 5.5 TB/s of the cache; 595 TFLOP/s
-# of cuDNN, 323 of "mark", 290 to 385 of attention over unions; selection takes 20 ms where its floors add up to 6.
+# of cuDNN, 323 of "mark", 450 to 550 of attention over unions; selection takes 20 ms where its floors add up to 6.
 H100 = Reference(
     name="NVIDIA H100 SXM",
     bandwidth=3.35e12,
@@ -51,7 +52,8 @@ H100 = Reference(
     operations=990e12,
     special=16 * 132 * 1.755e9,
     dense_share=0.60,
-    sparse_share=0.33,
+    scores_share=0.33,
+    attention_share=0.50,
     selection_share=0.30,
 )
 
@@ -118,7 +120,6 @@ def modelled_cost(
     model: GSAForCausalLM,
     tokens: Tensor,
     target_length: int,
-    block: int = FORWARD_ROWS,
     reference: Reference = H100,
 ) -> Cost:
     """Cost of the attention of one forward at `target_length` tokens, batch 1, in bf16.
@@ -128,7 +129,6 @@ def modelled_cost(
         tokens: [B, T] of held-out text, one document a row. Selections are seen on it and carried over to the target
             (`gsa.evaluation.selections`).
         target_length: tokens.
-        block: queries × heads of a tile, as the kernels have it; layers that share windows of 32 take twice as many.
         reference: the GPU.
 
     Raises:
@@ -136,7 +136,7 @@ def modelled_cost(
     """
     found = observe(model, tokens, target_length)
     configs = [model.config.attention_of(i) for i in range(len(found))]
-    layers = (layer_cost(c, target_length, s, block, reference) for c, s in zip(configs, found, strict=True))
+    layers = (layer_cost(c, target_length, s, reference) for c, s in zip(configs, found, strict=True))
     return Cost(reference.name, target_length, tuple(layers))
 
 
@@ -144,7 +144,6 @@ def layer_cost(
     config: AttentionConfig,
     length: int,
     selected: Selected | None,
-    block: int = FORWARD_ROWS,
     reference: Reference = H100,
 ) -> LayerCost:
     """Cost of one layer at `length` tokens; `selected` are its selections there, `None` for dense attention."""
@@ -153,14 +152,13 @@ def layer_cost(
         time = attention.milliseconds(reference, reference.dense_share)
         none = Work()
         return LayerCost(False, _visible(length), 1, 1.0, none, none, attention, time, _output_bytes(config, length))
-    shared = config.selection.share >= WORD
-    tile = Tiles.of(config.num_heads // config.num_kv_heads, 2 * block if shared else block).queries
+    tile = Tiles.of_forward(config.num_heads // config.num_kv_heads, roles=True).queries
     union = min(selected.union(tile), _visible(length) + tile / 2)
     scores, selection = _scores(config, length, selected), _selection(config, length, selected)
     attention = _attention(config, length, tile, union)
-    time = scores.milliseconds(reference, reference.sparse_share)
+    time = scores.milliseconds(reference, reference.scores_share)
     time += selection.milliseconds(reference, 1.0, reference.selection_share)
-    time += attention.milliseconds(reference, reference.sparse_share)
+    time += attention.milliseconds(reference, reference.attention_share)
     chunks = max(_selection_bytes(config, length, selected), _lists_bytes(length, length, tile, selected.keys))
     workspace = _output_bytes(config, length) + _words_bytes(length) + chunks
     overlap = union / max(selected.keys, 1.0)

@@ -31,7 +31,7 @@ class Measured(NamedTuple):
     heads: str
     config: AttentionConfig
     u32: float
-    ours: float
+    ours: float  # milliseconds of the kernels
     dense: float
 
 
@@ -51,7 +51,7 @@ def measured() -> list[Measured]:
             share=32 if "windows of 32" in cells[2] else 1,
             coarse=CoarseConfig(block=32, candidates=8) if "two levels" in cells[2] else None,
         )
-        together = float(cells[6].split()[0])
+        together = float(cells[6].rstrip(")").split()[-1])  # without the host where that is given
         length = 1024 * int(cells[0].removesuffix("K"))
         found.append(Measured(length, cells[1], config, float(cells[3]), together, float(cells[7])))
     return found
@@ -125,7 +125,7 @@ def test_more_keys_cost_more_and_dense_attention_costs_most_at_long_lengths(draw
 
 
 def test_tiles_are_those_of_the_kernels() -> None:
-    for share, kv_heads, tile in ((1, 8, 16), (32, 8, 32), (1, 1, 2), (32, 1, 4), (1, 32, 32)):
+    for share, kv_heads, tile in ((1, 8, 32), (32, 8, 32), (1, 4, 16), (1, 1, 4), (1, 32, 32)):
         config = realistic(512, kv_heads=kv_heads, share=share)
         assert layer_cost(config, LONG, selected(config, LONG, 2)).tile == tile
 
