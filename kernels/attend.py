@@ -117,7 +117,7 @@ def attend(
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     kv_heads = k.shape[2]
-    tiles = Tiles.of_forward(heads // kv_heads, _has_roles(q))
+    tiles = Tiles.of_forward(heads // kv_heads, _has_roles(q, k, v))
     roles = tiles.rows == hopper.ROWS
     shape = {
         "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "TILE": tiles.queries, "PART": tiles.heads,
@@ -208,9 +208,10 @@ def _rounded(q: Tensor) -> bool:
     return q.dtype != torch.float32
 
 
-def _has_roles(q: Tensor) -> bool:
-    """Whether there is `kernels.hopper` for queries like these."""
-    return q.is_cuda and tuned(q) and _rounded(q) and q.shape[3] in (64, 128)
+def _has_roles(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there is `kernels.hopper` for tensors like these; it copies 16 bytes at a time."""
+    aligned = all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+    return q.is_cuda and tuned(q) and q.element_size() == 2 and q.shape[3] in (64, 128) and aligned
 
 
 def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:
