@@ -8,7 +8,8 @@ multiprocessor, one tile after the other, so that a tile's first keys are loaded
 - Floor: 4·d operations per row and key of the union. Tensor cores alone, without loads, reach 584 TFLOP/s so on an
   H100, all of it 450 to 550; cuDNN's dense attention reaches 595 on the same one.
 - What is loaded is gathered by `cp.async` and read by `wgmma`; a barrier per slot of the ring says when it has arrived,
-  another when both groups are done with it.
+  another when both groups are done with it. No fence of proxies stands between them, as none does in CUTLASS where it
+  loads so (sm90_mma_multistage_gmma_ss_warpspecialized.hpp).
 
 Warps cannot be given roles in Triton's own language, so this is written in Gluon, which has no interpreter: what holds
 of it is tested on a GPU, against `kernels.attend.attend_definition` as all else.
