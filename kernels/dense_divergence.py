@@ -2,8 +2,8 @@
 
 It computes what `kernels.divergence` does in its forward. A program takes 128 queries and a run of keys, 128 at a
 time: the attention of a block is made anew head after head, in registers, by two groups of warps of which one takes
-products while the other takes exponentials, beside four warps that load (as in `kernels.hopper`). Then come the
-indexer's heads, in the same ring, and the block's sums.
+products while the other takes exponentials, beside a warp that loads (as in `kernels.hopper`). Then come the indexer's
+heads, in the same rings, and the block's sums.
 
 Floor: 2·d operations and one exponential per head, query and key: half the products of attention, all of its
 exponentials.
@@ -115,7 +115,7 @@ def _load(
     ready_q, empty_q, ready_k, empty_k, _ = barriers
     length, num_keys, _, blocks = sizes
     tile, batch = gl.program_id(1), gl.program_id(2)
-    # rows of the next document in a batch may come along behind the last: what is made of them is never looked at
+    # rows of the next sequence may come along behind the last: what is made of them is never looked at
     query, begin = batch * length + tile * 128, gl.program_id(0) * RUN
     stage, phase, k_stage, k_phase = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0), gl.to_tensor(1)
     for block in range(begin, gl.minimum(begin + RUN, blocks)):
