@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels import choose, scan
 from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, unordered
@@ -149,10 +148,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
 
     # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
-    ends = F.pad(asked.lasts + 1, (0, -rows % WORD)).unflatten(1, (-1, WORD)).amax(2).int()
-    wanted = _number(asked, statistic, None, rule, asked.available) if given else asked.available.clamp_max(most)
-    ranks = torch.where(asked.available > plan.room, plan.rank(wanted), 0)
-    starts, lasts, wanted = asked.starts.int(), asked.lasts.int(), wanted.int()
+    starts, lasts, wanted, ranks, ends = _prepared(asked, rule, most, plan)
     scores = scores._replace(k=scores.k.contiguous())
     for part in _parts(asked, num_keys):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
@@ -203,6 +199,21 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             *inputs, *lists, bounds, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
             **launch.search,
         )  # fmt: skip
+
+
+def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Tensor, ...]:
+    """In int32: starts, lasts, how many keys are wanted, at most or as `given`, and the rank of the bound among the
+    samples, 0 for none, all [B, R]; and the first key [B, ⌈R/32⌉] that no query of a word sees, nor any later one."""
+    batch, rows = asked.lasts.shape
+    given = [x if x.stride(1) == 1 else x.contiguous() for x in (asked.starts, asked.lasts, asked.wanted)]
+    found = torch.empty(4, batch, rows, dtype=torch.int32, device=asked.lasts.device)
+    ends = torch.empty(batch, triton.cdiv(rows, WORD), dtype=torch.int32, device=found.device)
+    scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
+        *given, *found, ends, *(x.stride(0) for x in given), rows, ends.shape[1], most, rule.k_min, rule.k_max,
+        rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=SIGMAS,
+        GIVEN=rule.controller == "given", BLOCK=8 * WORD,
+    )  # fmt: skip
+    return *found, ends
 
 
 def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
@@ -285,8 +296,3 @@ class Sampling(NamedTuple):
         rank *= 17 / 16  # what `scan.bound` allows itself
         room = max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64)
         return cls(stride, math.ceil(stride * rank), min(room, num_keys))
-
-    def rank(self, wanted: Tensor) -> Tensor:
-        """Which of the samples, from above, the bound is, for numbers of keys wanted."""
-        expected = wanted.float() / self.stride
-        return (expected + SIGMAS * expected.sqrt() + 2).int()

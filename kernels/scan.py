@@ -1,6 +1,7 @@
 """Walks of a tile of queries past its keys, scoring them block after block; S scores of a query are never written.
 
-A query's k best of S scores are found in these steps:
+A query's k best of S scores are found in these steps, after `prepare` has said of each query what it may see and
+wants:
 
 1. `sample` scores every n-th key, and from these `bound` takes a number that, but for a chance in 10⁶, at least k and
    not many more of all scores exceed;
@@ -19,6 +20,36 @@ from kernels.scores import between_counts, narrowed, of_queries, ordered, querie
 SUMS = {"given": 0, "variance": 1, "entropy": 2, "threshold": 3}
 NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 BOTH, INNER, OUTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # parts of what a tile sees
+
+
+@triton.jit
+def prepare(
+    starts, lasts, given, out_starts, out_lasts, wanted, ranks, ends, start_stride, last_stride, given_stride,
+    num_rows, num_words, most, k_min, k_max, local, sink, room, stride,
+    SIGMAS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each query, before a score is known: see `kernels.best`. With fewer keys than `room` there is no bound."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = i < num_rows
+    start = tl.load(starts + batch * start_stride + i, mask=real, other=0).to(tl.int32)
+    last = tl.load(lasts + batch * last_stride + i, mask=real, other=-1).to(tl.int32)
+    available = tl.maximum(last - start + 1, 0)
+    want = tl.minimum(available, most)
+    if GIVEN:
+        forced = tl.minimum(available, tl.minimum(available, local) + tl.minimum(available, sink))
+        want = tl.load(given + batch * given_stride + i, mask=real, other=0).to(tl.int32)
+        want = tl.minimum(tl.maximum(tl.minimum(tl.maximum(want, k_min), k_max), forced), available)
+    expected = want.to(tl.float32) / stride
+    rank = (expected + SIGMAS * tl.sqrt(expected) + 2).to(tl.int32)
+    row = batch * num_rows + i
+    tl.store(out_starts + row, start, mask=real)
+    tl.store(out_lasts + row, last, mask=real)
+    tl.store(wanted + row, want, mask=real)
+    tl.store(ranks + row, tl.where(available > room, rank, 0), mask=real)
+    word = tl.program_id(0) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // 32, 32)), 1)
+    tl.store(ends + batch * num_words + word, end, mask=word < num_words)
 
 
 @triton.jit

@@ -33,6 +33,9 @@ INTEGERS |= {
     "near",
     "sinks",
     "busy",
+    "given",
+    "out_starts",
+    "out_lasts",
 }
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "dweight", "dbias"}
 FLOATS |= {"negative_entropy", "expected", "mass", "negative_entropies", "expectations", "masses"}
@@ -61,6 +64,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (windows._spread, {"BLOCK": 1024}, four),
         (dense_divergence._busy, {}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
+        (scan.prepare, {"SIGMAS": 5, "GIVEN": True, "BLOCK": 256}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         (choose.choose, {"P": 4096}, {"num_warps": 8}),
         (choose.choose, {"P": 8192}, sixteen),
