@@ -1,6 +1,7 @@
 """The custom operators: what PyTorch demands of them, and kernels against their definitions."""
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -155,6 +156,25 @@ def test_equal_scores_select_the_earliest_keys(draw: Draw, value: float, length:
     available = torch.arange(150 - length, 150) - starts[:, 150 - length :] + 1
     kept = torch.minimum(wanted.clamp(options["k_min"], options["k_max"]), available)
     assert torch.equal(unpack(words, length), (place >= 0) & (place < kept[..., None]))
+
+
+@pytest.mark.parametrize("share", [1, 4])
+@pytest.mark.parametrize("length", [3, 90])
+def test_as_many_keys_are_kept_as_are_wanted_or_forced(draw: Draw, length: int, share: int) -> None:
+    inputs, options = selection(draw, "given", draw.random.choice(INDEXERS), 150, length, False)
+    local, sink = draw.random.randint(0, 6), draw.random.randint(0, 6)
+    words, _, _ = select(*inputs, **options | {"local_window": local, "sink_tokens": sink, "share": share})
+    mask, starts, wanted = unpack(words, length), inputs[4][:, 150 - length :], inputs[5]
+    place = torch.arange(150 - length, 150)
+    for b, t in itertools.product(range(2), range(length)):
+        first = max(int(place[t] - (place[t] - starts[b, t]) % share), 0)  # of the window
+        if first < 150 - length:
+            continue  # led by a query that is not among these
+        there = int(first - starts[b, t]) + 1
+        forced = min(there, min(there, local) + min(there, sink))
+        asked = int(wanted[b, first - 150 + length].clamp(options["k_min"], options["k_max"]))
+        assert mask[b, t, : first + 1].sum() == min(max(asked, forced), there)
+        assert mask[b, t, first + 1 :].sum() == place[t] - first
 
 
 @pytest.mark.parametrize("length", [3, 40])
