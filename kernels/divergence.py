@@ -323,10 +323,12 @@ def _block(
 
 
 @triton.jit
-def _run(run, count, BLOCK: tl.constexpr):
-    """From where to where a program walks through a list of `count` keys, of which it takes one part of several."""
+def _run(counts, own, capacity, BLOCK: tl.constexpr):
+    """Where the part of a list that is a program's begins, and how many keys it has."""
+    count = tl.load(counts + own)
     length = tl.cdiv(tl.cdiv(count, BLOCK), tl.num_programs(0)) * BLOCK
-    return run * length, tl.minimum(count, run * length + length)
+    first = tl.program_id(0) * length
+    return own * capacity + first, tl.minimum(count - first, length)
 
 
 @triton.jit
@@ -337,7 +339,7 @@ def _forward(
     KIND: tl.constexpr, INDEX_HEADS: tl.constexpr, PADDED: tl.constexpr, INDEX_D: tl.constexpr, INDEX_P: tl.constexpr,
     FAST: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    run, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = first + tile * 32 + tl.arange(0, 32)
     real = query < length
     row, inside, queries, weight, bias = _columns(
@@ -347,10 +349,10 @@ def _forward(
     negative_entropy, expected = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
     mass = tl.zeros((32,), tl.float32)
     highest, total = tl.full((32,), -1e30, tl.float32), tl.zeros((32,), tl.float32)
-    begin, end = _run(run, tl.load(counts + own), BLOCK)
-    for i in range(begin, end, BLOCK):
+    entries, count = _run(counts, own, capacity, BLOCK)
+    for i in range(0, count, BLOCK):
         word, selected, target, place, index_keys, each = _block(
-            i, own * capacity, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
+            i, entries, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
             index_scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, KIND, INDEX_D, INDEX_P, FAST, BLOCK,
         )  # fmt: skip
         each *= weight[None, :]
@@ -364,7 +366,7 @@ def _forward(
         highest = higher
     empty = total == 0
     log = tl.where(empty, float("-inf"), highest + tl.log(tl.where(empty, 1.0, total)))
-    out = (run * tl.num_programs(2) + batch) * length + query
+    out = (tl.program_id(0) * tl.num_programs(2) + batch) * length + query
     tl.store(negative_entropies + out, negative_entropy, mask=real)
     tl.store(expectations + out, expected, mask=real)
     tl.store(masses + out, mass, mask=real)
@@ -379,7 +381,7 @@ def _backward(
     KIND: tl.constexpr, INDEX_HEADS: tl.constexpr, PADDED: tl.constexpr, INDEX_D: tl.constexpr, INDEX_P: tl.constexpr,
     FAST: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    run, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = first + tile * 32 + tl.arange(0, 32)
     real = query < length
     row, inside, queries, weight, bias = _columns(
@@ -392,10 +394,10 @@ def _backward(
     upstream = tl.load(grad + batch * length + query, mask=real, other=0.0) * tau
     of_queries = tl.zeros((PADDED * 32, INDEX_P), tl.float32)
     of_weights, of_biases = tl.zeros((PADDED * 32,), tl.float32), tl.zeros((PADDED * 32,), tl.float32)
-    begin, end = _run(run, tl.load(counts + own), BLOCK)
-    for i in range(begin, end, BLOCK):
+    entries, count = _run(counts, own, capacity, BLOCK)
+    for i in range(0, count, BLOCK):
         word, selected, target, place, index_keys, each = _block(
-            i, own * capacity, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
+            i, entries, q, k, lse, index_k, list_keys, list_words, queries, bias, query, batch, scale,
             index_scale, length, num_keys, HEADS, KV_HEADS, D, PART, PARTS, KIND, INDEX_D, INDEX_P, FAST, BLOCK,
         )  # fmt: skip
         logits = tau * tl.sum(tl.reshape(each * weight[None, :], (BLOCK, PADDED, 32)), 1)
@@ -412,7 +414,7 @@ def _backward(
         of_queries = tl.dot(tl.trans(of_products), index_keys, of_queries, input_precision="ieee")
         wanted = (word != 0)[:, None] & (channel < INDEX_D)[None, :]
         add(dk, place, tl.dot(of_products, queries, input_precision="ieee"), wanted, dk_unit, FIXED)
-    row += run * tl.num_programs(2) * length * INDEX_HEADS
+    row += tl.program_id(0) * tl.num_programs(2) * length * INDEX_HEADS
     tl.store(dq + row[:, None] * INDEX_D + channel, of_queries, mask=inside[:, None] & (channel < INDEX_D))
     tl.store(dweight + row, of_weights, mask=inside)
     tl.store(dbias + row, of_biases, mask=inside)
