@@ -1,6 +1,7 @@
 """One run through Ray Train: workers, interruption, failure, and what MLflow holds of it."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -58,13 +59,24 @@ def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_pa
     assert_close(dict(local.named_parameters()), dict(load_checkpoint(tmp_path / "runs/train/tiny").named_parameters()))
 
 
+LONG = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """A seed, and the folder of a run of it that nothing interrupted: the same for every way to interrupt one."""
+    seed, folder = random.randrange(1000), tmp_path_factory.mktemp("whole")
+    print(f"seed {seed}")
+    assert end(start(folder, seed, **LONG))[0] == 0
+    return seed, folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
-    draw: Draw, tmp_path: Path, number: signal.Signals
+    draw: Draw, tmp_path: Path, whole: tuple[int, Path], number: signal.Signals
 ) -> None:
-    seed = draw.random.randrange(1000)
-    long = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
-    process = start(tmp_path, seed, **long)
+    seed, uninterrupted = whole
+    process = start(tmp_path, seed, **LONG)
     wait_for_step(tmp_path / "runs/train/tiny", draw.random.randint(3, 40))
     process.send_signal(number)
     code, _, errors = end(process)
@@ -75,16 +87,14 @@ def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
         assert code == 130, errors
         assert f"To go on: gsa train {tmp_path / 'train.yaml'}" in errors
         assert store.runs()[0].info.status == "KILLED"
-    code, output, errors = end(start(tmp_path, seed, **long))
+    code, output, errors = end(start(tmp_path, seed, **LONG))
     assert code == 0, errors
     assert "continuing from step" in output
     (run,) = store.runs()
     assert run.info.status == "FINISHED"
     assert store.steps(run, "held_out_loss") == [30, 60, 90, 120, 150]
-    (tmp_path / "whole").mkdir()
-    assert end(start(tmp_path / "whole", seed, **long))[0] == 0
-    resumed, whole = (load_checkpoint(f / "runs/train/tiny") for f in (tmp_path, tmp_path / "whole"))
-    assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    resumed, expected = (load_checkpoint(folder / "runs/train/tiny") for folder in (tmp_path, uninterrupted))
+    assert_close(resumed.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 def test_a_run_that_fails_says_why_and_ends_as_failed(draw: Draw, tmp_path: Path) -> None:
