@@ -117,7 +117,7 @@ def attend(
     out = torch.empty_like(q)
     lse = torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     kv_heads = k.shape[2]
-    tiles = Tiles.of_forward(heads // kv_heads, _has_roles(q, k, v))
+    tiles = Tiles.of_forward(heads // kv_heads, hopper.takes(q, k, v))
     roles = tiles.rows == hopper.ROWS
     shape = {
         "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "TILE": tiles.queries, "PART": tiles.heads,
@@ -206,12 +206,6 @@ attend.register_autograd(_differentiate, setup_context=_save)
 def _rounded(q: Tensor) -> bool:
     """Whether probabilities are rounded to the type of `q` before they multiply values, as tensor cores want it."""
     return q.dtype != torch.float32
-
-
-def _has_roles(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether there is `kernels.hopper` for tensors like these; it copies 16 bytes at a time."""
-    aligned = all(x.data_ptr() % 16 == 0 for x in (q, k, v))
-    return q.is_cuda and tuned(q) and q.element_size() == 2 and q.shape[3] in (64, 128) and aligned
 
 
 def _meta(q: Tensor, tiles: Tiles, backward: bool = False, fixed: bool = False) -> dict[str, int | bool]:

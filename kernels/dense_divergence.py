@@ -20,7 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import advance, chosen
+from kernels.hopper import TYPES, advance, chosen
+from kernels.hopper import takes as hopper_takes
 from kernels.rule import Scores
 from kernels.scores import KINDS
 
@@ -29,18 +30,13 @@ copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # its name f
 TILE = 128  # queries, and keys of a block
 RUN = 16  # blocks of one program
 SIGMOID, RELU = gl.constexpr(KINDS["sigmoid"]), gl.constexpr(KINDS["relu"])
-TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 LAUNCH = {"STAGES": 3, "COMPUTE": 240, "LOAD": 24, "num_warps": 4, "maxnreg": 168}  # as in `kernels.hopper`
 
 
 def takes(q: Tensor, k: Tensor, scores: Scores, most: int) -> bool:
-    """Whether `divergence` is for these: 16 bits and heads of 64 or 128 on sm_90, and all keys may be selected."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9 or most < k.shape[1]:
-        return False
+    """Whether `divergence_sums` is for these: tensors of one type that Gluon takes, and all keys may be selected."""
     loaded = (q, k, scores.q, scores.k)
-    return all(x.dtype in TYPES and x.dtype == q.dtype and x.data_ptr() % 16 == 0 for x in loaded) and all(
-        x.shape[-1] in (64, 128) for x in loaded
-    )
+    return most >= k.shape[1] and all(x.dtype == q.dtype for x in loaded) and hopper_takes(*loaded)
 
 
 def divergence_sums(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float) -> Tensor:

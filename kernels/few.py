@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.scores import FORCED, of_queries, ordered, queries_of_tile, score_block
+from kernels.scores import FORCED, number_kept, of_queries, ordered, queries_of_tile, score_block
 
 FEW = 16  # queries of a row, at most
 DIGITS, BINS = 4, 256  # of 8 bits; Triton's histograms slow down with the number of bins
@@ -117,9 +117,7 @@ def orders(values, starts, lasts, local, sink, row, key, num_keys):
 def number(wanted, starts, lasts, local, sink, k_min, k_max, row):
     """How many keys a query chooses."""
     available = tl.maximum(tl.load(lasts + row) - tl.load(starts + row) + 1, 0)
-    forced = tl.minimum(available, tl.minimum(available, local) + tl.minimum(available, sink))
-    want = tl.minimum(tl.maximum(tl.load(wanted + row), k_min), k_max)
-    return tl.minimum(tl.maximum(want, forced), available)
+    return number_kept(tl.load(wanted + row), available, local, sink, k_min, k_max)
 
 
 @triton.jit

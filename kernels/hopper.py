@@ -15,6 +15,8 @@ Warps cannot be given roles in Triton's own language, so this is written in Gluo
 of it is tested on a GPU, against `kernels.attend.attend_definition` as all else.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,12 +27,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.support import tuned
+
 copy = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)  # its name from Triton 3.9 on
 
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 128  # of a tile
 # As they were fastest on an H100, and together all that a multiprocessor has: registers of a thread before the warps
 # take their roles and then of those that compute and that load, and bytes of shared memory for three blocks of keys.
 LAUNCH = {"BLOCK": 128, "STAGES": 3, "COMPUTE": 208, "LOAD": 88, "num_warps": 4, "maxnreg": 168}
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether kernels in Gluon are for these: heads of 64 or 128 in 16 bits, copied 16 bytes at a time, on sm_90."""
+    return all(
+        x.is_cuda and tuned(x) and x.dtype in TYPES and x.shape[-1] in (64, 128) and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
 
 
 @gluon.jit
@@ -41,7 +54,7 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def arrived(barrier):
+def _arrived(barrier):
     """Have each thread that loads say so at `barrier` once all that it has started to copy is there."""
     async_copy.mbarrier_arrive(barrier, increment_count=False)
 
@@ -92,7 +105,7 @@ def _load(
             at, real = _rows(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
             at = gl.where(real, at, 0)  # any that may be read: what comes of it is not stored
             copy(queries.index(side), q + (at * D)[:, None] + channel)
-        arrived(ready_q)
+        _arrived(ready_q)
         turn ^= 1
         kv = (batch * num_keys * KV_HEADS + kv_head) * D
         last = gl.maximum(gl.cdiv(count, BLOCK) - 1, 0) * BLOCK
@@ -106,10 +119,10 @@ def _load(
             mbarrier.wait(empty_k.index(stage), phase)
             copy(keys.index(stage), k + kv + place)
             copy(words.index(stage), list_words + entries + i + word_entry)
-            arrived(ready_k.index(stage))
+            _arrived(ready_k.index(stage))
             mbarrier.wait(empty_v.index(stage), phase)
             copy(values.index(stage), v + kv + place)
-            arrived(ready_v.index(stage))
+            _arrived(ready_v.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 

@@ -15,7 +15,17 @@ The bound decides what a selection costs, never what it is.
 import triton
 import triton.language as tl
 
-from kernels.scores import between_counts, narrowed, of_queries, ordered, queries_of_tile, rights, score_block, walk
+from kernels.scores import (
+    between_counts,
+    narrowed,
+    number_kept,
+    of_queries,
+    ordered,
+    queries_of_tile,
+    rights,
+    score_block,
+    walk,
+)
 
 SUMS = {"given": 0, "variance": 1, "entropy": 2, "threshold": 3}
 NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -37,9 +47,8 @@ def prepare(
     available = tl.maximum(last - start + 1, 0)
     want = tl.minimum(available, most)
     if GIVEN:
-        forced = tl.minimum(available, tl.minimum(available, local) + tl.minimum(available, sink))
         want = tl.load(given + batch * given_stride + i, mask=real, other=0).to(tl.int32)
-        want = tl.minimum(tl.maximum(tl.minimum(tl.maximum(want, k_min), k_max), forced), available)
+        want = number_kept(want, available, local, sink, k_min, k_max)
     expected = want.to(tl.float32) / stride
     rank = (expected + SIGMAS * tl.sqrt(expected) + 2).to(tl.int32)
     row = batch * num_rows + i

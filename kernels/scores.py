@@ -169,6 +169,13 @@ def rights(key, inside, open_, start, last, local, sink):
 
 
 @triton.jit
+def number_kept(want, available, local, sink, k_min, k_max):
+    """How many of the `available` keys a query keeps that wants so many: within the bounds, and all that are forced."""
+    forced = tl.minimum(available, tl.minimum(available, local) + tl.minimum(available, sink))
+    return tl.minimum(tl.maximum(tl.minimum(tl.maximum(want, k_min), k_max), forced), available)
+
+
+@triton.jit
 def order_block(
     element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, local, sink,
     batch, num_keys,

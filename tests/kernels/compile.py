@@ -93,15 +93,16 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         of_tile = {**shape, "PART": 4, "TILE": 16, "BLOCK": 64 if tuned else 32}
         found.append((attend._forward, {**of_tile, "WIDE": False}, {"num_warps": 4, "num_stages": 5 if tuned else 2}))
         if tuned:
-            rows = {**shape, "PART": 4, "TILE": 32, "WIDE": False}
-            del rows["ROUNDED"]
-            launch = {name: value for name, value in hopper.LAUNCH.items() if name.isupper()}
-            options = {name: value for name, value in hopper.LAUNCH.items() if not name.isupper()}
-            found.append((hopper.attend_tiles, rows | launch, options))
-            every = {"HEADS": 32, "KV_HEADS": 8, "D": size, "RUN": dense_divergence.RUN}
-            launch = {name: value for name, value in dense_divergence.LAUNCH.items() if name.isupper()}
-            for kind, shape in ((0, {"INDEX_HEADS": 1, "INDEX_D": 128}), (2, {"INDEX_HEADS": 4, "INDEX_D": 64})):
-                found.append((dense_divergence._divergence, every | shape | launch | {"KIND": kind}, options))
+            heads = {"HEADS": 32, "KV_HEADS": 8, "D": size}
+            constants, options = parted(hopper.LAUNCH)
+            tile = {"PART": 4, "TILE": 32, "PARTS": 1, "WIDE": False}
+            found.append((hopper.attend_tiles, heads | tile | constants, options))
+            constants, options = parted(dense_divergence.LAUNCH | {"RUN": dense_divergence.RUN})
+            one, four_heads = (
+                {"INDEX_HEADS": 1, "INDEX_D": 128, "KIND": 0},
+                {"INDEX_HEADS": 4, "INDEX_D": 64, "KIND": 2},
+            )
+            found += [(dense_divergence._divergence, heads | x | constants, options) for x in (one, four_heads)]
         for fixed in (False, True):
             constants = {**of_tile, "TILE": 32, "BLOCK": 32 if fixed else 64} if tuned else of_tile
             found.append((attend._backward, {**constants, "FIXED": fixed}, eight))
@@ -125,6 +126,12 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         warps = {"num_warps": 2 if tuned else 4}
         found.append((choose.rescore, {**shape, "M": 16, "N": narrow, "FORCES": True}, warps))
     return found
+
+
+def parted(launch: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """What a kernel's code depends on, which is in capitals, and the compiler's options."""
+    constants = {name: value for name, value in launch.items() if name.isupper()}
+    return constants, {name: value for name, value in launch.items() if name not in constants}
 
 
 def compile_one(
