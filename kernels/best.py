@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import choose, scan
+from kernels import choose, marks, scan
 from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, unordered
 from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.scores import KINDS
@@ -18,7 +18,8 @@ from kernels.words import WORD, pack, unpack
 
 SAMPLES = 4096  # of a query at most
 SIGMAS = 5  # a bound is this many deviations lower than the samples say
-TILE = 16  # queries whose marked keys are scored again together
+MARKS = 3 * 2**29  # bytes of marks that exist at one time
+PAIRS = 2**30  # of queries and keys whose scores the definition has at hand
 
 Options = dict[str, int | bool]
 Candidates = Callable[[slice], Tensor]  # the words of some of the queries' candidates
@@ -61,16 +62,20 @@ def best(
     return words, statistic
 
 
-def _parts(asked: Asked, num_keys: int) -> Iterator[slice]:
-    batch, rows = asked.lasts.shape
-    step = queries_at_once(batch, num_keys)
+def _parts(rows: int, step: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def marked_at_once(batch: int, rows: int, room: int) -> int:
+    """Of how many queries of each row marks exist at one time: a multiple of 128, and much the same each time."""
+    parts = -(-8 * batch * rows * room // MARKS)
+    return -(-rows // (parts * marks.TILE)) * marks.TILE
 
 
 def _best_definition(task: Task, words: Tensor, statistic: Tensor) -> None:
     """What `_best_triton` computes, with every score at hand."""
     scores, asked, reference, rule, _, candidates = task
-    for part in _parts(asked, words.shape[2]):
+    for part in _parts(asked.lasts.shape[1], queries_at_once(len(words), words.shape[2], PAIRS)):
         open_ = None if candidates is None else candidates(part)
         chosen, found = _chosen(scores.rows(part), asked.rows(part), reference, rule, open_)
         words[:, part.start // WORD : -(-part.stop // WORD)] = pack(chosen)
@@ -146,17 +151,20 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     launch = Launch.of(scores, rule, listed)
     forced = (rule.local_window, rule.sink_tokens)
     p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
+    step = marked_at_once(batch, rows, plan.room)
+    if listed:  # as many queries as there may be lists of candidates at one time
+        step = min(step, queries_at_once(batch, num_keys) // marks.TILE * marks.TILE or marks.TILE)
 
     # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
-    starts, lasts, wanted, ranks, ends = _prepared(asked, rule, most, plan)
+    starts, lasts, wanted, ranks, ends, walks = _prepared(asked, rule, most, plan)
     scores = scores._replace(k=scores.k.contiguous())
-    for part in _parts(asked, num_keys):
+    for part in _parts(rows, step):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
         chosen, count = words[:, in_words], part.stop - part.start
-        grid, ends_here = (triton.cdiv(count, WORD), batch), ends[:, in_words].contiguous()
+        grid = (triton.cdiv(count, WORD), batch)
         lists: tuple[Tensor, Tensor, Tensor] = (words, words, words)  # not read
         if candidates is not None:
-            lists = unions(candidates(part), ends_here, WORD, num_keys)
+            lists = unions(candidates(part), ends[:, in_words].contiguous(), WORD, num_keys)
         capacity = lists[0].shape[2] if listed else 0
         inputs = _inputs(scores.rows(part), starts[:, part], lasts[:, part])
         bounds = torch.full((batch, count), math.nan, dtype=torch.float32, device=device)
@@ -170,12 +178,21 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
                 sampled, lengths, ranks[:, part].contiguous(), bounds, count, samples, grid[0], TILE=WORD,
                 P=triton.next_power_of_2(samples), num_warps=2,
             )  # fmt: skip
+            del sampled
+        tiles = triton.cdiv(count, marks.TILE)
+        padded = tiles * marks.TILE
+        marked = torch.empty(batch, padded, plan.room, dtype=torch.int64, device=device)
+        counts = torch.empty(batch, padded, dtype=torch.int32, device=device)
         numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
         found = torch.empty(batch, count, dtype=torch.float32, device=device)
-        for options in launch.mark:
-            scan.mark[(triton.cdiv(count, options["M"]), batch)](
-                *inputs, *lists, bounds, chosen, words.stride(0), numbers, found, *forced, count, num_keys, capacity,
-                rule.tau, rule.threshold, SUM=scan.SUMS[rule.controller], **options,
+        controls = (plan.room, rule.tau, rule.threshold)
+        if launch.roles:
+            of_part = walks[:, part.start // marks.TILE :][:, :tiles].contiguous()
+            marks.mark_tiles(inputs, of_part, bounds, marked, counts, found, forced, controls, launch.roles)
+        else:
+            scan.mark[(grid[0], batch)](
+                *inputs, *lists, bounds, marked, counts, numbers, found, *forced, count, padded, num_keys, capacity,
+                *controls, SUM=scan.SUMS[rule.controller], **launch.mark,
             )  # fmt: skip
         want = wanted[:, part].contiguous()
         if not given or listed:
@@ -184,15 +201,19 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         if not given:
             statistic[:, part] = found
 
-        marked = unions(chosen, ends_here, TILE, min(TILE * plan.room, num_keys))
-        values = torch.empty(batch, count, plan.room, dtype=torch.int32, device=device)
-        keys = torch.empty_like(values)
-        counts, states = torch.empty_like(numbers), torch.empty_like(numbers)
-        choose.rescore[(marked.counts.shape[1], batch)](
-            *inputs, marked.keys, marked.words, marked.counts, values, keys, counts, *forced, count, num_keys,
-            marked.keys.shape[2], plan.room, M=TILE, FORCES=any(forced), **launch.rescore,
-        )  # fmt: skip
-        best_of = (values, keys, counts, want, chosen, words.stride(0), states, count, num_keys, plan.room)
+        states = torch.empty_like(numbers)
+        best_of = (
+            marked.view(torch.int32),
+            counts,
+            want,
+            chosen,
+            words.stride(0),
+            states,
+            count,
+            padded,
+            num_keys,
+            plan.room,
+        )
         choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 512, 16), 1))
         choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
@@ -203,17 +224,19 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
 
 def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Tensor, ...]:
     """In int32: starts, lasts, how many keys are wanted, at most or as `given`, and the rank of the bound among the
-    samples, 0 for none, all [B, R]; and the first key [B, ⌈R/32⌉] that no query of a word sees, nor any later one."""
+    samples, 0 for none, all [B, R]; the first key [B, ⌈R/32⌉] that no query of a word sees, nor any later one; and
+    [B, ⌈R/128⌉, 4] of tiles: where their walks begin and end, and between which keys all may choose and none must."""
     batch, rows = asked.lasts.shape
     given = [x if x.stride(1) == 1 else x.contiguous() for x in (asked.starts, asked.lasts, asked.wanted)]
     found = torch.empty(4, batch, rows, dtype=torch.int32, device=asked.lasts.device)
     ends = torch.empty(batch, triton.cdiv(rows, WORD), dtype=torch.int32, device=found.device)
+    walks = torch.empty(batch, triton.cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
     scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
-        *given, *found, ends, *(x.stride(0) for x in given), rows, ends.shape[1], most, rule.k_min, rule.k_max,
-        rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=SIGMAS,
+        *given, *found, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
+        rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=SIGMAS,
         GIVEN=rule.controller == "given", BLOCK=8 * WORD,
     )  # fmt: skip
-    return *found, ends
+    return *found, ends, walks
 
 
 def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
@@ -257,8 +280,8 @@ class Launch(NamedTuple):
     """How kernels are launched: the fastest measured on an H100, and what fits elsewhere (`kernels.support.tuned`)."""
 
     sample: Options
-    mark: list[Options]  # one kernel, or one for each part of what a tile sees
-    rescore: Options
+    mark: Options
+    roles: Options  # of `kernels.marks`, where it takes the place of `mark`
     search: Options
 
     @classmethod
@@ -266,20 +289,19 @@ class Launch(NamedTuple):
         one_head, given = scores.q.shape[2] == 1, rule.controller == "given"
         shape, hopper = _shape(scores, rule), tuned(scores.q)
         keys: Options = {"N": 128 if one_head or (given and not listed) else 64}  # or registers do not suffice
-        again: Options = {"N": 128, "num_warps": 2}
         few: Options = {"N": 64}
         if not hopper:
-            keys, again = {"N": 64}, {"N": 64 if one_head else 32, "num_warps": 4}
+            keys = {"N": 64}
         if INTERPRET:
-            keys = again = few = {}
+            keys = few = {}
         wide = {**shape, "LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3 if hopper else 2, **keys}
-        mark = [wide | {"PART": 0}]
-        if given and not listed:
-            both = wide | {"M": 64 if one_head else WORD}  # the same, or the parts would not meet
-            most: Options = {"maxnreg": 128} if one_head and hopper and not INTERPRET else {}
-            mark = [both | {"PART": 1} | most, both | {"PART": 2}]
-        search = {**shape, "LISTED": listed, "num_warps": 8, **few}
-        return cls(wide, mark, {**shape, **again}, search)
+        roles: Options = {}
+        if not listed and marks.takes(scores.q, scores.k):
+            roles = {name: shape[name] for name in ("KIND", "HEADS", "D", "RAW")}
+            roles |= marks.SUMMING if rule.controller != "given" else marks.PLAIN
+            roles |= {"SUM": scan.SUMS[rule.controller]}
+        mark = wide if one_head else wide | keys | ({} if INTERPRET else {"N": 64})
+        return cls(wide, mark, roles, {**shape, "LISTED": listed, "num_warps": 8, **few})
 
 
 class Sampling(NamedTuple):

@@ -1,10 +1,8 @@
-"""The best of the keys that `kernels.scan` marked: from words of more than enough keys to words of the chosen ones.
+"""The best of the keys that `kernels.scan` marked: from lists of more than enough keys to words of the chosen ones.
 
-1. `rescore` scores the marked keys of a tile of queries again, few enough to be written: each query's in a row of its
-   own;
-2. `choose` closes in on the k-th of a row and takes back the bits of what is below;
-3. `choose_tied` does so where of equal scores only some are wanted: the earlier keys';
-4. `search` bisects over all keys for queries whose bound was too high or marked too much, and scores them all in every
+1. `choose` closes in on the k-th of a query's marks;
+2. `choose_tied` does so where of equal scores only some are wanted, the earlier keys';
+3. `search` bisects over all keys for queries whose bound was too high or marked too much, and scores them all in every
    step: slow, seldom, and right whatever the scores are.
 """
 
@@ -12,7 +10,6 @@ import triton
 import triton.language as tl
 
 from kernels.scores import (
-    FORCED,
     between,
     between_counts,
     narrowed,
@@ -20,7 +17,6 @@ from kernels.scores import (
     order_block,
     ordered,
     queries_of_tile,
-    score_block,
     walk,
 )
 
@@ -28,44 +24,15 @@ DONE, TIED, SHORT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # states 
 
 
 @triton.jit
-def rescore(
-    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, values, keys, counts, local, sink,
-    num_rows, num_keys, capacity, room,
-    KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RAW: tl.constexpr, FAST: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, FORCES: tl.constexpr,
-):  # fmt: skip
-    """Marked keys [B, R, room] of each query, in order, and their `ordered` scores; `counts` [B, R] says how many.
+def orders_at(marks, place, inside):
+    """The `ordered` scores of marks, pairs of key and score; the lowest of all numbers where there is none."""
+    score = tl.load(marks + 2 * place + 1, mask=inside, other=0).to(tl.float32, bitcast=True)
+    return tl.where(inside, ordered(score), -2147483648)
 
-    Lists are those of tiles of M queries. The count exceeds `room` if there are more or if the list was cut.
-    """
-    tile, batch = tl.program_id(0), tl.program_id(1)
-    row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
-    first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), True)
-    bit = (tile * M + tl.arange(0, M)) % 32
-    queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
-    held = tl.zeros((M,), tl.int32)
-    for i in range(first, tl.minimum(end, capacity), N):
-        element = i + tl.arange(0, N)
-        inside = element < tl.minimum(end, capacity)
-        key, scores, _ = score_block(
-            element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
-            batch, num_keys, True, KIND, HEADS, D, DP, RAW, FAST,
-        )  # fmt: skip
-        # [queries, keys] from here on: neighbouring threads then write neighbours in memory
-        word = tl.load(list_words + entries + element, mask=inside, other=0)
-        marked = ((word[None, :] >> bit[:, None]) & 1) != 0
-        scores = tl.trans(scores)
-        if FORCES:
-            forced = (key[None, :] > last[:, None] - local) | (key[None, :] < start[:, None] + sink)
-            scores = tl.where(forced, FORCED, scores)
-        order = ordered(scores)
-        rank = held[:, None] + tl.cumsum(marked.to(tl.int32), 1) - 1
-        held += tl.sum(marked.to(tl.int32), 1)
-        place = row.to(tl.int32)[:, None] * room + rank  # of less than 2³¹: queries of a chunk times `room`
-        kept = marked & real[:, None] & (rank < room)
-        tl.store(values + place, order, mask=kept)
-        tl.store(keys + place, tl.broadcast_to(key[None, :], (M, N)), mask=kept)
-    tl.store(counts + row, tl.where(end > capacity, room + 1, held), mask=real)
+
+@triton.jit
+def keys_at(marks, place, inside):
+    return tl.load(marks + 2 * place, mask=inside, other=0)
 
 
 @triton.jit
@@ -79,24 +46,29 @@ def reaching(order, rest, more, least):
 
 @triton.jit
 def choose(
-    values, keys, counts, wanted, words, word_stride, states, num_rows, num_keys, room, P: tl.constexpr
+    marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room, P: tl.constexpr
 ):  # fmt: skip
-    """Take back the bits of all but a query's `wanted` best marked keys, where this is simple; `states` says whether.
+    """Set the bits of a query's `wanted` best marks where this is simple; `states` says whether.
 
-    DONE, or TIED: of equals only some are wanted, or there are more than 2·P marked keys; or SHORT: too few are marked,
-    or more than there was room for. Most queries have no more than P marked keys.
+    DONE; or TIED: of equals only some are wanted, or there are more than 2·P marks; or SHORT: too few, or more than
+    there was room for. Most queries have no more than P.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
-    count, want = tl.load(counts + row), tl.load(wanted + row)
+    list_ = batch.to(tl.int64) * padded + i
+    count, want = tl.load(counts + list_), tl.load(wanted + row)
     state = tl.where((count > room) | (count < want), SHORT, tl.where(count > 2 * P, TIED, DONE))
-    if (state == DONE) & (count > want):
-        place, more = tl.arange(0, P), count > P
-        order = tl.load(values + row * room + place, mask=place < count, other=-2147483648)
-        rest = tl.load(values + row * room + P + place, mask=P + place < count, other=-2147483648)
-        high = tl.maximum(tl.max(order), tl.max(rest))
-        low = tl.min(tl.where(place < count, order, high))
-        low = tl.minimum(low, tl.min(tl.where(P + place < count, rest, high)))
+    if (state == DONE) & (want > 0):
+        of_row, place, more = marks + 2 * list_ * room, tl.arange(0, P), count > P
+        inside, beyond = place < count, P + place < count
+        order = orders_at(of_row, place, inside)
+        rest = tl.full((P,), -2147483648, tl.int32)
+        high = tl.max(order)
+        low = tl.min(tl.where(inside, order, high))
+        if more:
+            rest = orders_at(of_row, P + place, beyond)
+            high = tl.maximum(high, tl.max(rest))
+            low = tl.minimum(low, tl.min(tl.where(beyond, rest, high)))
         # `reached` ≥ want reach `low`; `above` < want exceed `high`, or it is the highest
         reached, above, turn = count, 0, 0
         while (reached > want) & (low < high):
@@ -104,56 +76,62 @@ def choose(
             here = reaching(order, rest, more, middle)
             low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
             turn += 1
-        state = tl.where((reached > want) & (want > 0), TIED, state)
-        if state == DONE:  # else a later kernel looks at all marked keys
-            least = tl.where(want == 0, 2147483647, low)
+        state = tl.where(reached > want, TIED, state)
+        if state == DONE:
             word_row = words + batch.to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
-            others = -1 ^ (tl.full((P,), 1, tl.int32) << (i % 32))
-            gone = (place < count) & (order < least)
-            key = tl.load(keys + row * room + place, mask=gone, other=0)
-            tl.atomic_and(word_row + key, others, mask=gone, sem="relaxed")
+            bit = tl.full((P,), 1, tl.int32) << (i % 32)
+            key = keys_at(of_row, place, inside & (order >= low))
+            tl.atomic_or(word_row + key, bit, mask=inside & (order >= low), sem="relaxed")
             if more:
-                gone = (P + place < count) & (rest < least)
-                key = tl.load(keys + row * room + P + place, mask=gone, other=0)
-                tl.atomic_and(word_row + key, others, mask=gone, sem="relaxed")
+                key = keys_at(of_row, P + place, beyond & (rest >= low))
+                tl.atomic_or(word_row + key, bit, mask=beyond & (rest >= low), sem="relaxed")
     tl.store(states + row, state)
 
 
 @triton.jit
 def choose_tied(
-    values, keys, counts, wanted, words, word_stride, states, num_rows, num_keys, room,
+    marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
     ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`choose` for queries it left TIED, ROWS to a program: any number of marked keys, of equals the earlier."""
+    """`choose` for queries it left TIED, ROWS to a program: any number of marks, P at a time, of equals the earlier."""
     batch = tl.program_id(1).to(tl.int64)
-    for i in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, num_rows)):
+    first_row = tl.program_id(0) * ROWS
+    i = first_row + tl.arange(0, ROWS)
+    tied = tl.load(states + batch * num_rows + i, mask=i < num_rows, other=DONE) == TIED
+    last_row = tl.where(tl.max(tied.to(tl.int32)) > 0, tl.minimum(first_row + ROWS, num_rows), first_row)
+    for i in range(first_row, last_row):
         row = batch * num_rows + i
         if tl.load(states + row) == TIED:
-            count, want = tl.load(counts + row), tl.load(wanted + row)
+            list_ = batch * padded + i
+            count, want = tl.load(counts + list_), tl.load(wanted + row)
             place = tl.arange(0, P)
-            start = row * room
+            of_row = marks + 2 * list_ * room
             low, high = tl.full((), -2147483647, tl.int32), tl.full((), 2147483647, tl.int32)
             reached, above = count, tl.full((), 0, tl.int32)
             while (reached > want) & (low < high):
                 middle = between(low, high) + 1
                 here = tl.full((), 0, tl.int32)
                 for first in range(0, count, P):
-                    order = tl.load(values + start + first + place, mask=first + place < count, other=-2147483648)
+                    order = orders_at(of_row, first + place, first + place < count)
                     here += tl.sum((order >= middle).to(tl.int32))
                 low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
-            space = want - above  # for those equal to `low`; all of them fit where just as many as wanted reach it
-            taken = tl.full((), 0, tl.int32)
+            last, end = tl.full((), 0, tl.int32), num_keys - 1
+            while (last < end) & (reached > want):
+                middle = between(last, end)
+                here = tl.full((), 0, tl.int32)
+                for first in range(0, count, P):
+                    order = orders_at(of_row, first + place, first + place < count)
+                    key = keys_at(of_row, first + place, order == low)
+                    here += tl.sum(((order == low) & (key <= middle)).to(tl.int32))
+                enough = here >= want - above
+                last, end = tl.where(enough, last, middle + 1), tl.where(enough, middle, end)
+            last = tl.where(reached > want, last, num_keys)
             for first in range(0, count, P):
-                inside = first + place < count
-                order = tl.load(values + start + first + place, mask=inside, other=-2147483648)
-                tied = (order == low).to(tl.int32)
-                rank = taken + tl.cumsum(tied, 0)
-                taken += tl.sum(tied)
-                gone = inside & ((order < low) | ((order == low) & (rank > space)))
-                key = tl.load(keys + start + first + place, mask=gone, other=0)
+                order = orders_at(of_row, first + place, first + place < count)
+                key = keys_at(of_row, first + place, order >= low)
+                chosen = ((order > low) | ((order == low) & (key <= last))) & (want > 0)
                 target = words + batch * word_stride + (row - batch * num_rows) // 32 * num_keys + key
-                others = -1 ^ (tl.full((P,), 1, tl.int32) << (i % 32))
-                tl.atomic_and(target, others, mask=gone, sem="relaxed")
+                tl.atomic_or(target, tl.full((P,), 1, tl.int32) << (i % 32), mask=chosen, sem="relaxed")
 
 
 @triton.jit
@@ -163,7 +141,7 @@ def search(
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Set the bits anew, from all keys, for the queries that are SHORT.
+    """Set the bits for the queries that are SHORT, from all keys.
 
     The first two steps look at a query's bound: where many scores are equal, it is mostly these that it lies below.
     """
@@ -214,7 +192,6 @@ def search(
         taken = tl.zeros((M,), tl.int32)
         word_row = words + batch.to(tl.int64) * word_stride + (tile // per_list).to(tl.int64) * num_keys
         value = tl.where(short, tl.full((M,), 1, tl.int32) << bit, 0)
-        others = -1 ^ tl.sum(value)
         for i in range(first, end, N):
             element = i + tl.arange(0, N)
             inside = element < end
@@ -227,5 +204,4 @@ def search(
             taken += tl.sum(tied.to(tl.int32), 0)
             chosen = visible & ((order > low[None, :]) | (tied & (rank <= (want - above)[None, :])))
             bits = tl.sum(tl.where(chosen, value[None, :], 0), 1)
-            tl.atomic_and(word_row + key, tl.zeros((N,), tl.int32) + others, mask=inside, sem="relaxed")
-            tl.atomic_or(word_row + key, bits, mask=inside, sem="relaxed")
+            tl.atomic_or(word_row + key, bits, mask=inside & (bits != 0), sem="relaxed")

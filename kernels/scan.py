@@ -5,8 +5,8 @@ wants:
 
 1. `sample` scores every n-th key, and from these `bound` takes a number that, but for a chance in 10⁶, at least k and
    not many more of all scores exceed;
-2. `mark` scores every key and sets a bit, in words (`kernels.words`), for each score above its query's bound. It also
-   makes the sums that a controller wants;
+2. `mark` scores every key and writes those down that exceed their query's bound: few enough to be written. It also
+   makes the sums that a controller wants. On sm_90 `kernels.marks` does so;
 3. the best of the marked keys are chosen (`kernels.choose`).
 
 The bound decides what a selection costs, never what it is.
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.scores import (
+    FORCED,
     between_counts,
     narrowed,
     number_kept,
@@ -29,13 +30,12 @@ from kernels.scores import (
 
 SUMS = {"given": 0, "variance": 1, "entropy": 2, "threshold": 3}
 NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-BOTH, INNER, OUTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # parts of what a tile sees
 
 
 @triton.jit
 def prepare(
-    starts, lasts, given, out_starts, out_lasts, wanted, ranks, ends, start_stride, last_stride, given_stride,
-    num_rows, num_words, most, k_min, k_max, local, sink, room, stride,
+    starts, lasts, given, out_starts, out_lasts, wanted, ranks, ends, walks, start_stride, last_stride, given_stride,
+    num_rows, num_words, num_tiles, most, k_min, k_max, local, sink, room, stride,
     SIGMAS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each query, before a score is known: see `kernels.best`. With fewer keys than `room` there is no bound."""
@@ -59,6 +59,17 @@ def prepare(
     word = tl.program_id(0) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // 32, 32)), 1)
     tl.store(ends + batch * num_words + word, end, mask=word < num_words)
+    # of tiles of 128: where their walk begins and ends, and between which keys all may choose and none must
+    tile = tl.program_id(0) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+    end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // 128, 128)), 1)
+    first = tl.min(tl.reshape(tl.where(real, start, 2147483647), (BLOCK // 128, 128)), 1)
+    inner = tl.max(tl.reshape(tl.where(real, start, 0), (BLOCK // 128, 128)), 1) + sink
+    outer = tl.min(tl.reshape(tl.where(real, last, 2147483647), (BLOCK // 128, 128)), 1) + 1 - local
+    walk = walks + (batch * num_tiles + tile) * 4
+    tl.store(walk, tl.minimum(first, end), mask=tile < num_tiles)
+    tl.store(walk + 1, end, mask=tile < num_tiles)
+    tl.store(walk + 2, inner, mask=tile < num_tiles)
+    tl.store(walk + 3, outer, mask=tile < num_tiles)
 
 
 @triton.jit
@@ -68,7 +79,10 @@ def sample(
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Scores of every `stride`-th element, −inf where it may not be chosen: samples [B, R, num_samples]."""
+    """Scores of one of each `stride` elements, −inf where it may not be chosen: samples [B, R, num_samples].
+
+    Which one of them changes, so that what comes at a regular distance is in the sample as often as among the keys.
+    """
     tile, batch = tl.program_id(0), tl.program_id(1)
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
     first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), LISTED)
@@ -78,21 +92,26 @@ def sample(
     bit = tl.arange(0, M)
     for i in range(0, count, N):
         place = i + tl.arange(0, N)
-        inside = place < count
+        mixed = place.to(tl.uint32) * 2654435769
+        element = first + place * stride + ((mixed >> 16) % stride.to(tl.uint32)).to(tl.int32)
+        inside = element < end
         key, scores, open_ = score_block(
-            first + place * stride, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
+            element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit,
             batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
         )  # fmt: skip
         visible, _ = rights(key, inside, open_, start, last, 0, 0)
         target = row[None, :] * num_samples + place[:, None]
-        tl.store(samples + target, tl.where(visible, scores, float("-inf")), mask=inside[:, None] & real[None, :])
+        tl.store(
+            samples + target, tl.where(visible, scores, float("-inf")), mask=(place < count)[:, None] & real[None, :]
+        )
 
 
 @triton.jit
 def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: tl.constexpr, P: tl.constexpr):
     """A number just below about the `rank`-th largest of a query's samples; NaN where there are fewer.
 
-    At least `rank` samples exceed it, and at most a 16th more unless they are equal. Nothing is below NaN.
+    At least `rank` samples exceed it, and at most a 16th more unless they are equal. Nothing is below NaN. It is never
+    0, which −0 is not below but whose difference from it has that sign.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
@@ -115,14 +134,14 @@ def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: 
                 turn += 1
             bits = low ^ ((low >> 31) & 0x7FFFFFFF)
             value = (bits - tl.where(low < 0, -1, 1)).to(tl.float32, bitcast=True)  # the next number down
-            value = tl.where(low == 0, -1e-30, value)
+            value = tl.where((low == 0) | (low == 1), -1e-30, value)
     tl.store(bounds + row, value)
 
 
 @triton.jit
 def mark_block(
-    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
-    word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, row, real, start, last, least, marks, held,
+    room, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -135,14 +154,18 @@ def mark_block(
     )  # fmt: skip
     keep = (scores <= least[None, :]) == 0  # NaN, as a score or as a bound, is kept
     share = tl.full((M,), N, tl.float32)
+    marked = scores
     if EDGE:
         visible, forced = rights(key, inside, open_, start, last, local, sink)
         keep = (keep & visible) | forced
+        marked = tl.where(forced, FORCED, scores)
         share = tl.sum(visible.to(tl.float32), 0)
-    for j in tl.static_range(M // 32):
-        value = tl.where(bit // 32 == j, tl.full((M,), 1, tl.int32) << (bit % 32), 0)
-        bits = tl.sum(tl.where(keep, value[None, :], 0), 1)
-        tl.store(target + j * num_keys + key, bits, mask=inside & (word_row + j < word_rows))
+    # [queries, keys] from here on: neighbouring threads then write neighbours in memory
+    kept = tl.trans(keep.to(tl.int32))
+    rank = held[:, None] + tl.cumsum(kept, 1) - 1
+    held += tl.sum(kept, 1)
+    mark = (tl.trans(marked).to(tl.int32, bitcast=True).to(tl.int64) << 32) | key[None, :].to(tl.int64)
+    tl.store(marks + row[:, None] * room + rank, mark, mask=(kept != 0) & real[:, None] & (rank < room))
     if SUM == VARIANCE:  # Chan's update of mean and squared deviation by those of one block
         counted = tl.where(visible, scores, 0.0) if EDGE else scores
         mean = tl.sum(counted, 0) / tl.maximum(share, 1.0)
@@ -166,25 +189,22 @@ def mark_block(
         reached = scores >= threshold
         reached = (reached & visible) | forced if EDGE else reached
         a += tl.sum(reached.to(tl.float32), 0)
-    return number + share, a, b, c
+    return held, number + share, a, b, c
 
 
 @triton.jit
 def mark(
-    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, bounds, words, word_stride, numbers, sums,
-    local, sink, num_rows, num_keys, capacity, tau, threshold,
+    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, bounds, marks, counts, numbers, sums,
+    local, sink, num_rows, padded, num_keys, capacity, room, tau, threshold,
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr,
-    PART: tl.constexpr,
 ):  # fmt: skip
-    """Words [B, ⌈R/32⌉, S] of the keys above each query's bound and of those that must be chosen.
+    """Marks [B, `padded`, room] of R queries: the keys above each query's bound and those that must be chosen.
 
-    PART says which: BOTH, or those INNER to what a tile of M queries sees or those OUTER at its edges. Where nothing is
-    summed these are two kernels of the same M and N, of which the first, with almost all of the work, needs so few
-    registers that two programs share a multiprocessor.
-
-    With BOTH, `numbers` says how many a query could have chosen, and `sums` holds what SUM asks for: the scores'
-    variance, the entropy of softmax(tau · score), or how many reach `threshold`.
+    A mark is 64 bits, of which the upper half is the score. `counts` [B, `padded`] says how many of a query there are;
+    what there is no room for is counted only. `numbers` [B, R] says how many a query could have chosen, and `sums`
+    [B, R] holds what SUM asks for: the scores' variance, the entropy of softmax(tau · score), or how many reach
+    `threshold`.
     """
     tile, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest walks first
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
@@ -192,8 +212,8 @@ def mark(
     least = tl.load(bounds + row, mask=real, other=float("inf"))
     queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
     bit = tl.arange(0, M)
-    word_row, word_rows = tile * (M // 32), (num_rows + 31) // 32
-    target = words + batch.to(tl.int64) * word_stride + word_row.to(tl.int64) * num_keys
+    list_row = batch.to(tl.int64) * padded + tile * M + bit
+    held = tl.zeros((M,), tl.int32)
     number, a, b = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
     c = tl.full((M,), -1e30, tl.float32)
     # blocks from `inner` to `outer` are visible to all queries and forced for none
@@ -203,15 +223,15 @@ def mark(
         outer = inner + tl.maximum(tl.min(last) + 1 - local - inner, 0) // N * N
     for segment in tl.static_range(3):
         begin, stop = (first, inner) if segment == 0 else ((inner, outer) if segment == 1 else (outer, end))
-        if (PART == BOTH or (PART == INNER) == (segment == 1)) and (not LISTED or segment == 0):
+        if not LISTED or segment == 0:
             for i in range(begin, stop, N):
-                number, a, b, c = mark_block(
-                    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last, least, target,
-                    word_row, word_rows, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+                held, number, a, b, c = mark_block(
+                    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, list_row, real, start,
+                    last, least, marks, held, room, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
                     LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, segment != 1,
                 )  # fmt: skip
-    if PART == BOTH:
-        tl.store(numbers + row, number.to(tl.int32), mask=real)
+    tl.store(counts + list_row, held, mask=real)
+    tl.store(numbers + row, number.to(tl.int32), mask=real)
     if SUM == VARIANCE:
         a = b / tl.maximum(number, 1.0)
     if SUM == ENTROPY:

@@ -14,12 +14,12 @@ from torch import Tensor
 from kernels.words import WORD
 
 BLOCK = 1024  # words read at once
-PAIRS = 2**30  # of queries and keys whose lists exist at one time
+PAIRS = 2**31  # of queries and keys whose lists exist at one time
 
 
-def queries_at_once(batch: int, num_keys: int) -> int:
+def queries_at_once(batch: int, num_keys: int, pairs: int = PAIRS) -> int:
     """How many queries of each row are handled at once, a multiple of 64: few bound memory, many take few launches."""
-    return min(max(PAIRS // max(batch * num_keys, 1), 64), 16384) // 64 * 64
+    return min(max(pairs // max(batch * num_keys, 1), 64), 16384) // 64 * 64
 
 
 class Unions(NamedTuple):
@@ -86,9 +86,12 @@ def _list(
     count = 0
     stop = tl.load(ends + batch * (lists // PARTS) + tile // PARTS)
     end = tl.minimum(stop, length)
+    place = tl.arange(0, BLOCK)
+    coming = tl.load(words + row + place, mask=place < end, other=0)
     for first in range(0, end, BLOCK):
+        word = coming & of_tile
         place = first + tl.arange(0, BLOCK)
-        word = tl.load(words + row + place, mask=place < end, other=0) & of_tile
+        coming = tl.load(words + row + BLOCK + place, mask=BLOCK + place < end, other=0)  # while this block is listed
         here = word != 0
         key = place
         if LISTED:

@@ -17,7 +17,20 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels import attend, choose, dense_divergence, divergence, few, hopper, levels, scan, split, unions, windows
+from kernels import (
+    attend,
+    choose,
+    dense_divergence,
+    divergence,
+    few,
+    hopper,
+    levels,
+    marks,
+    scan,
+    split,
+    unions,
+    windows,
+)
 
 INTEGERS = {"starts", "lasts", "words", "counts", "ranks", "ends", "states", "values", "found", "members", "wanted"}
 INTEGERS |= {
@@ -36,6 +49,7 @@ INTEGERS |= {
     "given",
     "out_starts",
     "out_lasts",
+    "walks",
 }
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "dweight", "dbias"}
 FLOATS |= {"negative_entropy", "expected", "mass", "negative_entropies", "expectations", "masses"}
@@ -111,20 +125,19 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         for listed in (False, True):
             wide = {**shape, "LISTED": listed, "M": 32, "N": 128 if tuned and not (listed and several) else 64}
             found.append((scan.sample, wide, eight))
-            if listed:
-                found.append((scan.mark, {**wide, "SUM": 0, "PART": 0}, eight))
-            else:
-                most = {"maxnreg": 128} if tuned and not several else {}
-                both = {**wide, "M": 32 if several else 64, "SUM": 0}
-                found += [(scan.mark, {**both, "PART": 1}, eight | most), (scan.mark, {**both, "PART": 2}, eight)]
+            found.append((scan.mark, {**wide, "N": 64 if several else wide["N"], "SUM": 0}, eight))
             if several:
                 half = {**wide, "N": 64}
                 found.append((scan.sample, half, eight))
-                found += [(scan.mark, {**half, "SUM": kind, "PART": 0}, eight) for kind in (1, 2, 3)]
+                found += [(scan.mark, {**half, "SUM": kind}, eight) for kind in (1, 2, 3)]
             found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64}, {"num_warps": 8}))
-        narrow = 128 if tuned else (32 if several else 64)
-        warps = {"num_warps": 2 if tuned else 4}
-        found.append((choose.rescore, {**shape, "M": 16, "N": narrow, "FORCES": True}, warps))
+        if tuned:
+            width = shape["HEADS"] * shape["D"]
+            for launch, sums in ((marks.PLAIN, (0,)), (marks.SUMMING, (1, 2, 3))):
+                constants, options = parted(launch)
+                stages = marks.held_blocks(width, shape["D"])
+                constants |= {name: shape[name] for name in ("HEADS", "D", "KIND")} | {"STAGES": stages}
+                found += [(marks.mark, {**constants, "RAW": shape["RAW"] and not x, "SUM": x}, options) for x in sums]
     return found
 
 
@@ -163,6 +176,11 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     if kernel is dense_divergence._divergence and name in ("q", "k", "index_q", "index_k"):
         block = [128, constants["INDEX_D" if name.startswith("index") else "D"]]
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+    if kernel is marks.mark and name in ("q", "k"):
+        block = [128 if name == "q" else 64, constants["D"]]
+        return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+    if name == "marks":
+        return "*i32" if kernel in (choose.choose, choose.choose_tied) else "*i64"
     of_words = kernel in (windows._spread, levels._widen_kernel)
     if name in ("dk", "dv"):
         return "*i64" if constants["FIXED"] else "*fp32"
