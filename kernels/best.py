@@ -148,9 +148,8 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     num_keys, device = scores.k.shape[1], words.device
     plan, listed, given = Sampling.of(most, num_keys), candidates is not None, rule.controller == "given"
     samples = triton.cdiv(num_keys, plan.stride)
-    launch = Launch.of(scores, rule, listed)
+    launch = Launch.of(scores, rule, listed, plan)
     forced = (rule.local_window, rule.sink_tokens)
-    p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
     step = marked_at_once(batch, rows, plan.room)
     if listed:  # as many queries as there may be lists of candidates at one time
         step = min(step, queries_at_once(batch, num_keys) // marks.TILE * marks.TILE or marks.TILE)
@@ -214,8 +213,8 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             num_keys,
             plan.room,
         )
-        choose.choose[(count, batch)](*best_of, P=p, num_warps=max(min(p // 512, 16), 1))
-        choose.choose_tied[(triton.cdiv(count, 8), batch)](*best_of, ROWS=8, P=16 if INTERPRET else 1024, num_warps=4)
+        choose.choose[(count, batch)](*best_of, **launch.choose)
+        choose.choose_tied[(triton.cdiv(count, 32), batch)](*best_of, ROWS=32, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
             *inputs, *lists, bounds, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
             **launch.search,
@@ -282,16 +281,17 @@ class Launch(NamedTuple):
     sample: Options
     mark: Options
     roles: Options  # of `kernels.marks`, where it takes the place of `mark`
+    choose: Options
     search: Options
 
     @classmethod
-    def of(cls, scores: Scores, rule: Rule, listed: bool) -> "Launch":
+    def of(cls, scores: Scores, rule: Rule, listed: bool, plan: "Sampling") -> "Launch":
         one_head, given = scores.q.shape[2] == 1, rule.controller == "given"
         shape, hopper = _shape(scores, rule), tuned(scores.q)
         keys: Options = {"N": 128 if one_head or (given and not listed) else 64}  # or registers do not suffice
         few: Options = {"N": 64}
         if not hopper:
-            keys = {"N": 64}
+            keys, few = {"N": 64}, {"N": 32}
         if INTERPRET:
             keys = few = {}
         wide = {**shape, "LISTED": listed, "M": WORD, "num_warps": 8, "num_stages": 3 if hopper else 2, **keys}
@@ -301,7 +301,11 @@ class Launch(NamedTuple):
             roles |= marks.SUMMING if rule.controller != "given" else marks.PLAIN
             roles |= {"SUM": scan.SUMS[rule.controller]}
         mark = wide if one_head else wide | keys | ({} if INTERPRET else {"N": 64})
-        return cls(wide, mark, roles, {**shape, "LISTED": listed, "num_warps": 8, **few})
+        p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
+        chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
+        if hopper and not INTERPRET:
+            chosen["maxnreg"] = 80  # three programs of 4096 to a multiprocessor, an eighth faster than two
+        return cls(wide, mark, roles, chosen, {**shape, "LISTED": listed, "num_warps": 8, **few})
 
 
 class Sampling(NamedTuple):

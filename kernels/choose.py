@@ -46,27 +46,29 @@ def reaching(order, rest, more, least):
 
 @triton.jit
 def choose(
-    marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room, P: tl.constexpr
+    marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
+    P: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Set the bits of a query's `wanted` best marks where this is simple; `states` says whether.
 
-    DONE; or TIED: of equals only some are wanted, or there are more than 2·P marks; or SHORT: too few, or more than
-    there was room for. Most queries have no more than P.
+    DONE; or TIED: of equals only some are wanted, or there are more than P + REST marks; or SHORT: too few, or more
+    than there was room for. Most queries have no more than P.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
     list_ = batch.to(tl.int64) * padded + i
     count, want = tl.load(counts + list_), tl.load(wanted + row)
-    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > 2 * P, TIED, DONE))
+    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > P + REST, TIED, DONE))
     if (state == DONE) & (want > 0):
         of_row, place, more = marks + 2 * list_ * room, tl.arange(0, P), count > P
-        inside, beyond = place < count, P + place < count
+        beyond_place = P + tl.arange(0, REST)
+        inside, beyond = place < count, beyond_place < count
         order = orders_at(of_row, place, inside)
-        rest = tl.full((P,), -2147483648, tl.int32)
+        rest = tl.full((REST,), -2147483648, tl.int32)
         high = tl.max(order)
         low = tl.min(tl.where(inside, order, high))
         if more:
-            rest = orders_at(of_row, P + place, beyond)
+            rest = orders_at(of_row, beyond_place, beyond)
             high = tl.maximum(high, tl.max(rest))
             low = tl.minimum(low, tl.min(tl.where(beyond, rest, high)))
         # `reached` ≥ want reach `low`; `above` < want exceed `high`, or it is the highest
@@ -79,12 +81,12 @@ def choose(
         state = tl.where(reached > want, TIED, state)
         if state == DONE:
             word_row = words + batch.to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
-            bit = tl.full((P,), 1, tl.int32) << (i % 32)
+            bit = tl.full((), 1, tl.int32) << (i % 32)
             key = keys_at(of_row, place, inside & (order >= low))
             tl.atomic_or(word_row + key, bit, mask=inside & (order >= low), sem="relaxed")
             if more:
-                key = keys_at(of_row, P + place, beyond & (rest >= low))
-                tl.atomic_or(word_row + key, bit, mask=beyond & (rest >= low), sem="relaxed")
+                rest_key = keys_at(of_row, beyond_place, beyond & (rest >= low))
+                tl.atomic_or(word_row + rest_key, bit, mask=beyond & (rest >= low), sem="relaxed")
     tl.store(states + row, state)
 
 
@@ -204,4 +206,4 @@ def search(
             taken += tl.sum(tied.to(tl.int32), 0)
             chosen = visible & ((order > low[None, :]) | (tied & (rank <= (want - above)[None, :])))
             bits = tl.sum(tl.where(chosen, value[None, :], 0), 1)
-            tl.atomic_or(word_row + key, bits, mask=inside & (bits != 0), sem="relaxed")
+            tl.atomic_or(word_row + key, bits, mask=inside, sem="relaxed")

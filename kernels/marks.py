@@ -3,8 +3,8 @@
 It computes what `kernels.scan.mark` does. A program takes 128 queries and walks past their keys: one warp copies, and
 two or four groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
 are marked, so a thread puts those it holds of a query into shared memory, notes in a word which are marked, reserves
-room for as many in the query's list, and then takes these alone out again. To store each score under a predicate takes
-half as long again: such stores wait for one another's registers.
+room for as many in the query's list, and then takes these alone out again. To store each score under a predicate took
+two thirds longer: such stores wait for one another's registers.
 
 Floor: one product of HEADS · D per query and key on the tensor cores, and with σ one operation of the special-function
 unit per head.
@@ -109,26 +109,31 @@ def _append_asm(group):
     """PTX of `_append`: the 16 values that a thread has of a query, two of each eight columns."""
     stash, query, key, base, room = (f"${16 * i}" for i in range(3, 8))
     lines = [
-        "{ .reg .pred p; .reg .b32 t, slot, mask, n, first, i, at, key, score;",
+        "{ .reg .pred p, two; .reg .b32 t, slot, mask, n, first, i, j, at, key, score, key2, score2;",
         ".reg .b64 to;",
-        f"mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 slot, t, 8, {stash}; mad.lo.u32 at, {query}, 4, {stash};",
+        f"mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 slot, t, 4, {stash}; mad.lo.u32 at, {query}, 4, {stash};",
         "mov.b32 mask, 0; mov.b32 first, 0;",
     ]
     for i in range(8):  # the sign: 1 where a score is below the bound, 0 also for NaN
         lines.append(f"mov.b32 n, ${32 + i}; shf.l.wrap.b32 mask, n, mask, 1;")
         lines.append(f"mov.b32 n, ${40 + i}; shf.l.wrap.b32 first, n, first, 1;")
-    for i in range(0, 16, 2):
-        lines.append(f"st.shared.v2.f32 [slot + {group * 8192 + i // 2 * 1024}], {{${16 + i}, ${17 + i}}};")
+    lines += [f"st.shared.f32 [slot + {group * 8192 + i * 512}], ${16 + i};" for i in range(16)]
     lines += [
         "mad.lo.u32 mask, mask, 256, first; not.b32 mask, mask; shl.b32 mask, mask, 16; popc.b32 n, mask;",
         f"atom.shared.add.u32 first, [at + {32768 + group % 2 * 256}], n; add.u32 n, n, first;",
         f"setp.gt.u32 p, n, {room}; selp.b32 mask, 0, mask, p;",  # too many: `counts` says so
         f"mad.lo.u32 first, {query}, {room}, first; mad.wide.u32 to, first, 8, {base};",
         "setp.eq.u32 p, mask, 0; @p bra DONE;",
+        # two at a time, so that one waits beside the other
         "MORE: bfind.shiftamt.u32 i, mask; shr.u32 t, 0x80000000, i; xor.b32 mask, mask, t;",
-        "shr.u32 at, i, 1; and.b32 i, i, 1; mad.lo.u32 score, at, 1024, slot; mad.lo.u32 score, i, 4, score;",
-        f"ld.shared.b32 score, [score + {group * 8192}]; mad.lo.u32 key, at, 8, {key}; add.u32 key, key, i;",
-        "st.global.v2.b32 [to], {key, score}; add.u64 to, to, 8;",
+        "setp.ne.u32 two, mask, 0; bfind.shiftamt.u32 j, mask; shr.u32 t, 0x80000000, j; not.b32 t, t;",
+        "and.b32 mask, mask, t;",
+        "mad.lo.u32 score, i, 512, slot; mad.lo.u32 score2, j, 512, slot;",
+        f"ld.shared.b32 score, [score + {group * 8192}]; @two ld.shared.b32 score2, [score2 + {group * 8192}];",
+        # the column of value i is 4·i where i is even, and the one after where it is odd
+        f"and.b32 n, i, 1; mad.lo.u32 key, i, 4, {key}; mad.lo.s32 key, n, -3, key;",
+        f"and.b32 n, j, 1; mad.lo.u32 key2, j, 4, {key}; mad.lo.s32 key2, n, -3, key2;",
+        "st.global.v2.b32 [to], {key, score}; @two st.global.v2.b32 [to + 8], {key2, score2}; add.u64 to, to, 16;",
         "setp.ne.u32 p, mask, 0; @p bra MORE; DONE: }",
     ]
     return " ".join(lines)
@@ -141,11 +146,7 @@ def _append_constraints():
 
 @gluon.jit
 def _append(scores, above, stash, query, key, base, room, GROUP: gl.constexpr):
-    """Write down scores and their keys where the sign of `above` is not negative; `held` counts them.
-
-    The scores wait in shared memory, so that a thread may take those out that are wanted, one after the other: stores
-    under a predicate each, in place of this, wait for one another's registers.
-    """
+    """Write down scores [4, 8, BLOCK] and their keys where the sign of `above` is not negative, and count them."""
     gl.inline_asm_elementwise(
         _append_asm(GROUP),
         _append_constraints(),
@@ -167,6 +168,7 @@ def _stash(zero):
 
 @gluon.jit
 def _forget(row, stash):
+    """Set the counts of queries to 0."""
     gl.inline_asm_elementwise(
         "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; mov.b32 $0, 0; st.shared.b32 [at], $0; }",
         "=r,r,r", [row, stash], gl.int32, is_pure=False, pack=1,
@@ -175,6 +177,7 @@ def _forget(row, stash):
 
 @gluon.jit
 def _held(row, stash):
+    """The counts of queries."""
     return gl.inline_asm_elementwise(
         "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; ld.shared.b32 $0, [at]; }",
         "=r,r,r", [row, stash], gl.int32, is_pure=False, pack=1,

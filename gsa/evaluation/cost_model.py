@@ -15,15 +15,15 @@ import math
 from torch import Tensor
 
 from gsa.attention.config import AttentionConfig
-from gsa.evaluation.selections import TILES, Selected, observe
+from gsa.evaluation.selections import Selected, observe
 from gsa.model import GSAForCausalLM
 from kernels.attend import Tiles
+from kernels.best import MARKS
 from kernels.unions import queries_at_once
 from kernels.words import WORD
 
 ELEMENT = 2  # bytes of bf16
-SCORED_ROWS = 16  # queries that gather a marked key together (kernels/RESULTS.md, "rescore")
-MARKED = 1.85  # keys above the sampled bound, over k (ibid.: the floors of "rescore" and "choose" count that many)
+MARKED = 1.72  # keys above the sampled bound, over k (`kernels.best.Sampling`)
 SAMPLED = 32  # one key in so many is scored for the bound
 
 
@@ -38,13 +38,14 @@ class Reference:
     special: float  # sigmoids and exponentials
     dense_share: float  # of `operations`, in dense attention
     scores_share: float  # of `operations`, in the indexer's scores
+    listed_share: float  # of `cache_bandwidth`, where the candidates of two levels are gathered and scored
     attention_share: float  # of `operations`, in attention over unions
     selection_share: float  # of both bandwidths, in selection
 
 
 # NVIDIA's data sheet of the H100 SXM: 3.35 TB/s, 990 TFLOP/s. CUDA programming guide: 16 special functions per cycle of
 # each of 132 multiprocessors, at 1.755 GHz. The rest is kernels/RESULTS.md at 128K: 5.5 TB/s of the cache; 595 TFLOP/s
-# of cuDNN, 323 of "mark", 450 to 550 of attention over unions; selection takes 20 ms where its floors add up to 6.
+# of cuDNN, 290 of "mark", 540 to 570 of attention over unions; the rest of selection takes 8 ms where its bytes take 4.
 H100 = Reference(
     name="NVIDIA H100 SXM",
     bandwidth=3.35e12,
@@ -52,9 +53,10 @@ H100 = Reference(
     operations=990e12,
     special=16 * 132 * 1.755e9,
     dense_share=0.60,
-    scores_share=0.33,
-    attention_share=0.50,
-    selection_share=0.30,
+    scores_share=0.29,
+    listed_share=0.30,
+    attention_share=0.53,
+    selection_share=0.55,
 )
 
 
@@ -156,7 +158,7 @@ def layer_cost(
     union = min(selected.union(tile), _visible(length) + tile / 2)
     scores, selection = _scores(config, length, selected), _selection(config, length, selected)
     attention = _attention(config, length, tile, union)
-    time = scores.milliseconds(reference, reference.scores_share)
+    time = scores.milliseconds(reference, reference.scores_share, reference.listed_share)
     time += selection.milliseconds(reference, 1.0, reference.selection_share)
     time += attention.milliseconds(reference, reference.attention_share)
     chunks = max(_selection_bytes(config, length, selected), _lists_bytes(length, length, tile, selected.keys))
@@ -192,8 +194,9 @@ def _scores(config: AttentionConfig, length: int, selected: Selected) -> Work:
         keys = keys / coarse.block + _listed(config, length, selected)
     pairs = queries * keys
     moved = (length + queries * heads) * size * ELEMENT
+    gathered = queries / WORD * _listed(config, length, selected) * size * ELEMENT if coarse is not None else 0.0
     special = pairs * heads if _needs_sigmoid(config) else 0.0
-    return Work(bytes=moved, operations=2 * heads * size * pairs, special=special)
+    return Work(bytes=moved, gathered=gathered, operations=2 * heads * size * pairs, special=special)
 
 
 def _listed(config: AttentionConfig, length: int, selected: Selected) -> float:
@@ -212,16 +215,11 @@ def _selection(config: AttentionConfig, length: int, selected: Selected) -> Work
     words, share, coarse = _words_bytes(length), config.selection.share, config.selection.coarse
     if config.selection.reuse:
         return Work(bytes=words / 2)
-    queries, row = math.ceil(length / share), config.indexer.head_dim * ELEMENT
-    marked = _marked(length, selected)
+    queries, marked = math.ceil(length / share), _marked(length, selected)
     sampled = queries * _visible(length) / SAMPLED * 2 * 4  # fp32, written and read
-    gathered = queries / SCORED_ROWS * marked * selected.overlap[TILES.index(SCORED_ROWS)] * row
-    passes = 2.0 * words / share  # of the words of marked keys
-    if coarse is not None:
-        passes += 2.5 * words / share  # of those of candidates
-        gathered += queries / WORD * _listed(config, length, selected) * row
+    candidates = 2.5 * words / share if coarse is not None else 0.0  # their words
     spread = 2.5 * words  # the selection's: cleared, then set and listed in the causal half
-    return Work(bytes=sampled + passes + queries * marked * 2 * 8 + spread, gathered=gathered)
+    return Work(bytes=sampled + candidates + queries * marked * 2 * 8 + spread)
 
 
 def _marked(length: int, selected: Selected) -> float:
@@ -245,12 +243,15 @@ def _words_bytes(length: int) -> float:
 
 
 def _selection_bytes(config: AttentionConfig, length: int, selected: Selected) -> float:
-    """What exists at one time of samples, of marks, of their lists and of the scores of marked keys."""
+    """What exists at one time of marks and, with two levels, of candidates and their lists."""
     if config.selection.reuse:
         return 0.0
     leaders, marked = math.ceil(length / config.selection.share), _marked(length, selected)
-    each = length / SAMPLED * 4 + length / 8 + marked * 8
-    return min(queries_at_once(1, length), leaders) * each + _lists_bytes(length, leaders, WORD, marked)
+    marks = min(leaders * marked * 8, MARKS)
+    if config.selection.coarse is None:
+        return marks
+    words = min(queries_at_once(1, length), leaders) * length / 8
+    return marks + words + _lists_bytes(length, leaders, WORD, _listed(config, length, selected))
 
 
 def _lists_bytes(length: int, queries: int, tile: int, keys: float) -> float:

@@ -19,7 +19,7 @@ from gsa.attention.fused import HEAD_SIZES, INDEX_HEADS, INDEX_SIZE, rule_of
 from gsa.attention.gates import PLACES
 from gsa.config import TrainConfig, build
 from gsa.model import GSAForCausalLM, ModelConfig
-from kernels.best import Sampling
+from kernels.best import Sampling, marked_at_once
 from kernels.unions import queries_at_once
 from kernels.words import WORD
 
@@ -235,6 +235,7 @@ def _lists(shapes: Shapes, layer: AttentionConfig) -> int:
     entry = 2 * FLOAT  # a key and its word or value
     listed = sum(shapes.batch * queries // tile * min(most * tile, shapes.length) * entry for tile in tiles)
     plan = Sampling.of(most, shapes.length)
-    sampled = shapes.batch * queries * (plan.room * entry + shapes.length // plan.stride * FLOAT)
+    scored = min(marked_at_once(shapes.batch, shapes.length, plan.room), shapes.length)
+    sampled = shapes.batch * scored * max(plan.room * entry, shapes.length // plan.stride * FLOAT)
     gradients = shapes.tokens * 2 * layer.num_kv_heads * layer.head_dim * FLOAT
     return max(listed + gradients, sampled if layer.sparse else 0)

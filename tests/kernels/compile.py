@@ -70,7 +70,7 @@ KL_ONE = {**DIVERGENCE, "INDEX_HEADS": 1, "PADDED": 1, "INDEX_D": 128, "INDEX_P"
 
 def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernels with their constants and options: as they are tuned for sm_90, or as they run elsewhere."""
-    four, sixteen = {"num_warps": 4}, {"num_warps": 16}
+    four = {"num_warps": 4}
     eight = {"num_warps": 8, "num_stages": 3 if tuned else 2}
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (unions._list, {"LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
@@ -80,9 +80,11 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (levels._widen_kernel, {"BLOCK": 1024}, four),
         (scan.prepare, {"SIGMAS": 5, "GIVEN": True, "BLOCK": 256}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
-        (choose.choose, {"P": 4096}, {"num_warps": 8}),
-        (choose.choose, {"P": 8192}, sixteen),
-        (choose.choose_tied, {"ROWS": 8, "P": 1024}, four),
+        *(
+            (choose.choose, {"P": p, "REST": p // 2}, {"num_warps": p // 512} | ({"maxnreg": 80} if tuned else {}))
+            for p in (2048, 4096, 8192)
+        ),
+        (choose.choose_tied, {"ROWS": 32, "P": 1024}, four),
         (few._score, {**ONE_HEAD, "OPEN": True, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
         (few._score, {**FOUR_HEADS, "OPEN": False, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
         *(
@@ -130,7 +132,9 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
                 half = {**wide, "N": 64}
                 found.append((scan.sample, half, eight))
                 found += [(scan.mark, {**half, "SUM": kind}, eight) for kind in (1, 2, 3)]
-            found.append((choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64}, {"num_warps": 8}))
+            found.append(
+                (choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64 if tuned else 32}, {"num_warps": 8})
+            )
         if tuned:
             width = shape["HEADS"] * shape["D"]
             for launch, sums in ((marks.PLAIN, (0,)), (marks.SUMMING, (1, 2, 3))):

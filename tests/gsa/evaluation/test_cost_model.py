@@ -97,16 +97,20 @@ def test_long_contexts_cost_what_they_were_measured_at() -> None:
 
 
 def test_what_was_measured_to_be_faster_is_modelled_to_be_faster() -> None:
+    def apart(one: float, other: float) -> bool:
+        """Whether another run might not have them the other way round."""
+        return not 0.9 < one / other < 1.1
+
     compared = 0
     for one, other in itertools.combinations(measured(), 2):
-        if (one.length, one.heads) == (other.length, other.heads) and not 0.9 < one.ours / other.ours < 1.1:
+        if (one.length, one.heads) == (other.length, other.heads) and apart(one.ours, other.ours):
             both = (modelled(x.config, x.length, x.u32) for x in (one, other))
             assert (one.ours < other.ours) == (next(both) < next(both)), (one, other)
             compared += 1
     assert compared >= 15
     for row in measured():
         sparse, dense = modelled(row.config, row.length, row.u32), layer_cost(row.config, row.length, None).milliseconds
-        assert (row.ours < row.dense) == (sparse < dense), row
+        assert (row.ours < row.dense) == (sparse < dense) or not apart(row.ours, row.dense), row
 
 
 def test_more_keys_cost_more_and_dense_attention_costs_most_at_long_lengths(draw: Draw) -> None:
