@@ -201,18 +201,8 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             statistic[:, part] = found
 
         states = torch.empty_like(numbers)
-        best_of = (
-            marked.view(torch.int32),
-            counts,
-            want,
-            chosen,
-            words.stride(0),
-            states,
-            count,
-            padded,
-            num_keys,
-            plan.room,
-        )
+        marked = marked.view(torch.int32)  # pairs of key and score
+        best_of = (marked, counts, want, chosen, words.stride(0), states, count, padded, num_keys, plan.room)
         choose.choose[(count, batch)](*best_of, **launch.choose)
         choose.choose_tied[(triton.cdiv(count, 32), batch)](*best_of, ROWS=32, P=16 if INTERPRET else 1024, num_warps=4)
         choose.search[(triton.cdiv(count, 16), batch)](
