@@ -290,7 +290,7 @@ class Launch(NamedTuple):
             roles = {name: shape[name] for name in ("KIND", "HEADS", "D", "RAW")}
             roles |= marks.SUMMING if rule.controller != "given" else marks.PLAIN
             roles |= {"SUM": scan.SUMS[rule.controller]}
-        mark = wide if one_head else wide | keys | ({} if INTERPRET else {"N": 64})
+        mark = wide if one_head or INTERPRET else wide | {"N": 64}
         p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
         chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
         if hopper and not INTERPRET:

@@ -17,15 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from kernels.hopper import TYPES, advance, chosen
+from kernels.hopper import advance, chosen, copy_tile, rows_of
 from kernels.hopper import takes as hopper_takes
 from kernels.rule import Scores
 from kernels.scores import KINDS
-
-copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # its name from Triton 3.9 on
 
 TILE = 128  # queries, and keys of a block
 RUN = 16  # blocks of one program
@@ -56,19 +53,12 @@ def divergence_sums(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Sc
         # All runs of a tile together: they read its queries, a MiB of 32 heads, from the L2 cache. Else these come from
         # memory for every block of keys, at its full bandwidth, which takes 40 % longer.
         _divergence[(runs, tiles, batch)](
-            _rows(q), _rows(k), lse.contiguous(), words, busy, _rows(scores.q), _rows(scores.k[:, :, None]), weight,
-            bias, *sums, *scales, length, num_keys, words.shape[1], blocks,
+            rows_of(q, TILE), rows_of(k, TILE), lse.contiguous(), words, busy, rows_of(scores.q, TILE),
+            rows_of(scores.k[:, :, None], TILE), weight, bias, *sums, *scales, length, num_keys, words.shape[1], blocks,
             HEADS=heads, KV_HEADS=k.shape[2], D=size, KIND=KINDS[kind], INDEX_HEADS=index_heads, INDEX_D=index_size,
             RUN=RUN, **LAUNCH,
         )  # fmt: skip
     return sums
-
-
-def _rows(x: Tensor) -> TensorDescriptor:
-    """A tensor [B, T, heads, d] as rows of all heads, which are copied 128 at a time and by head."""
-    block = [TILE, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
-    return TensorDescriptor.from_tensor(x.contiguous().flatten(0, 1).flatten(1), block, layout)
 
 
 @triton.jit
@@ -96,7 +86,7 @@ def _slot(ring, stage, ROW: gl.constexpr, TYPE: gl.constexpr):
 def _put(tensor, row, column, slot, barrier):
     """Start to copy 128 rows of a tensor into a slot; `barrier` says when they are there."""
     mbarrier.expect(barrier, tensor.block_type.nbytes)
-    copy(tensor, [row, column], barrier, slot)
+    copy_tile(tensor, [row, column], barrier, slot)
 
 
 @gluon.jit

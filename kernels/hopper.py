@@ -23,13 +23,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.support import tuned
 
-copy = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)  # its name from Triton 3.9 on
+# their names from Triton 3.9 on
+copy = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+copy_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 128  # of a tile
@@ -44,6 +48,13 @@ def takes(*tensors: Tensor) -> bool:
         x.is_cuda and tuned(x) and x.dtype in TYPES and x.shape[-1] in (64, 128) and x.data_ptr() % 16 == 0
         for x in tensors
     )
+
+
+def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """A tensor [B, T, heads, d] as rows of all heads, of which `copy_tile` copies so many at a time, by head."""
+    block = [rows, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
+    return TensorDescriptor.from_tensor(x.contiguous().flatten(0, 1).flatten(1), block, layout)
 
 
 @gluon.jit

@@ -13,15 +13,12 @@ unit per head.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from kernels.hopper import TYPES, advance
+from kernels.hopper import advance, copy_tile, rows_of
 from kernels.hopper import takes as hopper_takes
 from kernels.scan import ENTROPY, NOTHING, REACHED, VARIANCE
 from kernels.scores import FORCED, RELU, SIGMOID
-
-copy = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # its name from Triton 3.9 on
 
 TILE = 128  # queries of a program
 BLOCK = gl.constexpr(64)  # keys that a group of warps scores at once
@@ -58,18 +55,11 @@ def mark_tiles(
     """Launch `mark` for what `kernels.best` has at hand; `forced` are local window and sink tokens."""
     q, k, weights, biases, starts, lasts = inputs
     stages = held_blocks(q.shape[2] * q.shape[3], q.shape[3])
-    queries, keys = _rows(q, TILE), _rows(k[:, :, None], BLOCK.value)
+    queries, keys = rows_of(q, TILE), rows_of(k[:, :, None], BLOCK.value)
     mark[(walks.shape[1], len(q))](
         queries, keys, weights, biases, starts, lasts, walks, bounds, marked, counts, sums, *controls, q.shape[1],
         k.shape[1], *forced, STAGES=stages, **options,
     )  # fmt: skip
-
-
-def _rows(x: Tensor, rows: int) -> TensorDescriptor:
-    """A tensor [B, T, heads, d] as rows of all heads, of which so many are copied at a time, by head."""
-    block = [rows, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
-    return TensorDescriptor.from_tensor(x.flatten(0, 1).flatten(1), block, layout)
 
 
 @gluon.jit
@@ -90,12 +80,12 @@ def _load(
     first, end, _, _ = _walk(walks, tile, batch)
     mbarrier.expect(ready_q, HEADS * q.block_type.nbytes)
     for j in gl.static_range(HEADS):
-        copy(q, [batch * num_rows + tile * 128, j * q.block_type.shape[1]], ready_q, queries.index(j))
+        copy_tile(q, [batch * num_rows + tile * 128, j * q.block_type.shape[1]], ready_q, queries.index(j))
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
     for i in range(first, end, BLOCK):
         mbarrier.wait(empty_k.index(stage), phase)
         mbarrier.expect(ready_k.index(stage), k.block_type.nbytes)
-        copy(k, [batch * num_keys + i, 0], ready_k.index(stage), keys.index(stage))
+        copy_tile(k, [batch * num_keys + i, 0], ready_k.index(stage), keys.index(stage))
         stage, phase = advance(stage, phase, STAGES)
 
 

@@ -164,8 +164,8 @@ def mark_block(
     kept = tl.trans(keep.to(tl.int32))
     rank = held[:, None] + tl.cumsum(kept, 1) - 1
     held += tl.sum(kept, 1)
-    mark = (tl.trans(marked).to(tl.int32, bitcast=True).to(tl.int64) << 32) | key[None, :].to(tl.int64)
-    tl.store(marks + row[:, None] * room + rank, mark, mask=(kept != 0) & real[:, None] & (rank < room))
+    packed = (tl.trans(marked).to(tl.int32, bitcast=True).to(tl.int64) << 32) | key[None, :].to(tl.int64)
+    tl.store(marks + row[:, None] * room + rank, packed, mask=(kept != 0) & real[:, None] & (rank < room))
     if SUM == VARIANCE:  # Chan's update of mean and squared deviation by those of one block
         counted = tl.where(visible, scores, 0.0) if EDGE else scores
         mean = tl.sum(counted, 0) / tl.maximum(share, 1.0)

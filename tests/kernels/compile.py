@@ -177,11 +177,9 @@ def compile_one(
 
 def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
-    if kernel is dense_divergence._divergence and name in ("q", "k", "index_q", "index_k"):
-        block = [128, constants["INDEX_D" if name.startswith("index") else "D"]]
-        return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
-    if kernel is marks.mark and name in ("q", "k"):
-        block = [128 if name == "q" else 64, constants["D"]]
+    if kernel in (dense_divergence._divergence, marks.mark) and name in ("q", "k", "index_q", "index_k"):
+        rows = marks.BLOCK.value if kernel is marks.mark and name == "k" else 128
+        block = [rows, constants["INDEX_D" if name.startswith("index") else "D"]]
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
     if name == "marks":
         return "*i32" if kernel in (choose.choose, choose.choose_tied) else "*i64"
