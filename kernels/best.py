@@ -204,7 +204,9 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         marked = marked.view(torch.int32)  # pairs of key and score
         best_of = (marked, counts, want, chosen, words.stride(0), states, count, padded, num_keys, plan.room)
         choose.choose[(count, batch)](*best_of, **launch.choose)
-        choose.choose_tied[(triton.cdiv(count, 32), batch)](*best_of, ROWS=32, P=16 if INTERPRET else 1024, num_warps=4)
+        if plan.room > launch.choose["P"] + launch.choose["REST"]:
+            long: Options = {"ROWS": 32, "P": 16 if INTERPRET else 1024, "num_warps": 4}
+            choose.choose_long[(triton.cdiv(count, 32), batch)](*best_of, **long)
         choose.search[(triton.cdiv(count, 16), batch)](
             *inputs, *lists, bounds, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
             **launch.search,
@@ -293,8 +295,8 @@ class Launch(NamedTuple):
         mark = wide if one_head or INTERPRET else wide | {"N": 64}
         p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
         chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
-        if hopper and not INTERPRET:
-            chosen["maxnreg"] = 80  # three programs of 4096 to a multiprocessor, an eighth faster than two
+        if not INTERPRET:
+            chosen["maxnreg"] = 96  # ptxas makes 80 of it on sm_90: three programs of 4096 at a time
         return cls(wide, mark, roles, chosen, {**shape, "LISTED": listed, "num_warps": 8, **few})
 
 

@@ -1,7 +1,7 @@
 """The best of the keys that `kernels.scan` marked: from lists of more than enough keys to words of the chosen ones.
 
-1. `choose` closes in on the k-th of a query's marks;
-2. `choose_tied` does so where of equal scores only some are wanted, the earlier keys';
+1. `choose` closes in on the k-th of a query's marks, and of equal scores takes the earlier keys';
+2. `choose_long` does so where there are more marks than a program holds;
 3. `search` bisects over all keys for queries whose bound was too high or marked too much, and scores them all in every
    step: slow, seldom, and right whatever the scores are.
 """
@@ -20,7 +20,7 @@ from kernels.scores import (
     walk,
 )
 
-DONE, TIED, SHORT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # states of a query's choice
+DONE, LONG, SHORT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # states of a query's choice
 
 
 @triton.jit
@@ -45,20 +45,40 @@ def reaching(order, rest, more, least):
 
 
 @triton.jit
+def set_earlier(marks, count, least, some, word_row, bit, num_keys, P: tl.constexpr):
+    """Set a bit for a row's marks above `least` and for `some` of those equal to it, those of the earlier keys."""
+    last, end = tl.full((), 0, tl.int32), num_keys - 1
+    while last < end:
+        middle = between(last, end)
+        here = tl.full((), 0, tl.int32)
+        for first in range(0, count, P):
+            place = first + tl.arange(0, P)
+            equal = orders_at(marks, place, place < count) == least
+            here += tl.sum((equal & (keys_at(marks, place, equal) <= middle)).to(tl.int32))
+        last, end = tl.where(here >= some, last, middle + 1), tl.where(here >= some, middle, end)
+    for first in range(0, count, P):
+        place = first + tl.arange(0, P)
+        order = orders_at(marks, place, place < count)
+        key = keys_at(marks, place, order >= least)
+        chosen = (order > least) | ((order == least) & (key <= last))
+        tl.atomic_or(word_row + key, bit, mask=chosen, sem="relaxed")
+
+
+@triton.jit
 def choose(
     marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
     P: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Set the bits of a query's `wanted` best marks where this is simple; `states` says whether.
+    """Set the bits of a query's `wanted` best marks where they are all at hand; `states` says whether.
 
-    DONE; or TIED: of equals only some are wanted, or there are more than P + REST marks; or SHORT: too few, or more
-    than there was room for. Most queries have no more than P.
+    DONE; or LONG: there are more than P + REST marks; or SHORT: too few, or more than there was room for. Most queries
+    have no more than P.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
     list_ = batch.to(tl.int64) * padded + i
     count, want = tl.load(counts + list_), tl.load(wanted + row)
-    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > P + REST, TIED, DONE))
+    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > P + REST, LONG, DONE))
     if (state == DONE) & (want > 0):
         of_row, place, more = marks + 2 * list_ * room, tl.arange(0, P), count > P
         beyond_place = P + tl.arange(0, REST)
@@ -78,10 +98,11 @@ def choose(
             here = reaching(order, rest, more, middle)
             low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
             turn += 1
-        state = tl.where(reached > want, TIED, state)
-        if state == DONE:
-            word_row = words + batch.to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
-            bit = tl.full((), 1, tl.int32) << (i % 32)
+        word_row = words + batch.to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
+        bit = tl.full((), 1, tl.int32) << (i % 32)
+        if reached > want:
+            set_earlier(of_row, count, low, want - above, word_row, bit, num_keys, REST // 2)
+        else:
             key = keys_at(of_row, place, inside & (order >= low))
             tl.atomic_or(word_row + key, bit, mask=inside & (order >= low), sem="relaxed")
             if more:
@@ -91,49 +112,36 @@ def choose(
 
 
 @triton.jit
-def choose_tied(
+def choose_long(
     marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
     ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`choose` for queries it left TIED, ROWS to a program: any number of marks, P at a time, of equals the earlier."""
+    """`choose` for queries it left LONG, ROWS to a program: any number of marks, P at a time."""
     batch = tl.program_id(1).to(tl.int64)
-    first_row = tl.program_id(0) * ROWS
-    i = first_row + tl.arange(0, ROWS)
-    tied = tl.load(states + batch * num_rows + i, mask=i < num_rows, other=DONE) == TIED
-    last_row = tl.where(tl.max(tied.to(tl.int32)) > 0, tl.minimum(first_row + ROWS, num_rows), first_row)
-    for i in range(first_row, last_row):
+    first = tl.program_id(0) * ROWS
+    query = first + tl.arange(0, ROWS)
+    long = tl.load(states + batch * num_rows + query, mask=query < num_rows, other=DONE) == LONG
+    rows = tl.where(tl.max(long.to(tl.int32)) > 0, tl.minimum(num_rows - first, ROWS), 0)
+    for j in range(rows):
+        i = first + j
         row = batch * num_rows + i
-        if tl.load(states + row) == TIED:
-            list_ = batch * padded + i
-            count, want = tl.load(counts + list_), tl.load(wanted + row)
-            place = tl.arange(0, P)
-            of_row = marks + 2 * list_ * room
+        list_ = batch * padded + i
+        count, want = tl.load(counts + list_), tl.load(wanted + row)
+        if (tl.load(states + row) == LONG) & (want > 0):
+            of_row, place = marks + 2 * list_ * room, tl.arange(0, P)
             low, high = tl.full((), -2147483647, tl.int32), tl.full((), 2147483647, tl.int32)
             reached, above = count, tl.full((), 0, tl.int32)
             while (reached > want) & (low < high):
                 middle = between(low, high) + 1
                 here = tl.full((), 0, tl.int32)
-                for first in range(0, count, P):
-                    order = orders_at(of_row, first + place, first + place < count)
+                for begin in range(0, count, P):
+                    order = orders_at(of_row, begin + place, begin + place < count)
                     here += tl.sum((order >= middle).to(tl.int32))
                 low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
-            last, end = tl.full((), 0, tl.int32), num_keys - 1
-            while (last < end) & (reached > want):
-                middle = between(last, end)
-                here = tl.full((), 0, tl.int32)
-                for first in range(0, count, P):
-                    order = orders_at(of_row, first + place, first + place < count)
-                    key = keys_at(of_row, first + place, order == low)
-                    here += tl.sum(((order == low) & (key <= middle)).to(tl.int32))
-                enough = here >= want - above
-                last, end = tl.where(enough, last, middle + 1), tl.where(enough, middle, end)
-            last = tl.where(reached > want, last, num_keys)
-            for first in range(0, count, P):
-                order = orders_at(of_row, first + place, first + place < count)
-                key = keys_at(of_row, first + place, order >= low)
-                chosen = ((order > low) | ((order == low) & (key <= last))) & (want > 0)
-                target = words + batch * word_stride + (row - batch * num_rows) // 32 * num_keys + key
-                tl.atomic_or(target, tl.full((P,), 1, tl.int32) << (i % 32), mask=chosen, sem="relaxed")
+            word_row = words + batch * word_stride + (i // 32).to(tl.int64) * num_keys
+            bit = tl.full((), 1, tl.int32) << (i % 32)
+            # with `reached` of them wanted, as many of those equal to `low` are as there are
+            set_earlier(of_row, count, low, tl.where(reached > want, want - above, count), word_row, bit, num_keys, P)
 
 
 @triton.jit

@@ -81,10 +81,10 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (scan.prepare, {"SIGMAS": 5, "GIVEN": True, "BLOCK": 256}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         *(
-            (choose.choose, {"P": p, "REST": p // 2}, {"num_warps": p // 512} | ({"maxnreg": 80} if tuned else {}))
+            (choose.choose, {"P": p, "REST": p // 2}, {"num_warps": p // 512, "maxnreg": 96})
             for p in (2048, 4096, 8192)
         ),
-        (choose.choose_tied, {"ROWS": 32, "P": 1024}, four),
+        (choose.choose_long, {"ROWS": 32, "P": 1024}, four),
         (few._score, {**ONE_HEAD, "OPEN": True, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
         (few._score, {**FOUR_HEADS, "OPEN": False, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
         *(
@@ -182,7 +182,7 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
         block = [rows, constants["INDEX_D" if name.startswith("index") else "D"]]
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
     if name == "marks":
-        return "*i32" if kernel in (choose.choose, choose.choose_tied) else "*i64"
+        return "*i32" if kernel in (choose.choose, choose.choose_long) else "*i64"
     of_words = kernel in (windows._spread, levels._widen_kernel)
     if name in ("dk", "dv"):
         return "*i64" if constants["FIXED"] else "*fp32"
