@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import hopper
+from kernels import hopper, hopper_backward
 from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
@@ -132,8 +132,7 @@ def attend(
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         if roles:
             works = math.prod(grid)
-            resident = torch.cuda.get_device_properties(q.device).multi_processor_count
-            hopper.attend_tiles[(min(works, resident),)](*inputs, grid[0], works, **shape, **hopper.LAUNCH)
+            hopper.attend_tiles[hopper.grid(works, q)](*inputs, grid[0], works, **shape, **hopper.LAUNCH)
         else:
             _forward[grid](*inputs, **shape, **_meta(q, tiles))
     return out, lse
@@ -162,6 +161,11 @@ def attend_backward(
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     batch, length, heads, size = q.shape
     kv_heads, tiles = k.shape[2], Tiles.of(heads // k.shape[2], BACKWARD_ROWS if tuned(q) else FORWARD_ROWS)
+    roles = not deterministic and tiles.rows == hopper.ROWS and hopper.takes(q, k, v, grad)
+    shape = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "TILE": tiles.queries, "PART": tiles.heads,
+        "PARTS": tiles.parts,
+    }  # fmt: skip
     scale = 1 / math.sqrt(size)
     dq, delta = torch.empty_like(q), torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     if delta.numel():
@@ -176,12 +180,17 @@ def attend_backward(
         part = words[:, first // WORD : (first + step) // WORD]
         lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
-        _backward[grid](
-            q, k, v, *lists, grad, lse, delta, dq, dk.sum, dv.sum, dk.unit, dv.unit, scale, first, length, k.shape[1],
-            lists.keys.shape[2], HEADS=heads, KV_HEADS=kv_heads, D=size, TILE=tiles.queries, PART=tiles.heads,
-            PARTS=tiles.parts, FIXED=deterministic, **_meta(q, tiles, backward=True, fixed=deterministic),
-        )  # fmt: skip
-    return dq, dk.result(), dv.result()
+        inputs = (q, k, v, *lists, grad, lse, delta, dq, dk.sum, dv.sum)
+        sizes = (scale, first, length, k.shape[1], lists.keys.shape[2])
+        if roles:
+            works, wide = math.prod(grid), math.prod(k.shape[1:]) >= 2**31
+            hopper_backward.gradient_tiles[hopper.grid(works, q)](
+                *inputs, *sizes, grid[0], works, WIDE=wide, **shape, **hopper_backward.LAUNCH
+            )
+        else:
+            meta = _meta(q, tiles, backward=True, fixed=deterministic)
+            _backward[grid](*inputs, dk.unit, dv.unit, *sizes, **shape, FIXED=deterministic, **meta)
+    return dq, dk.result(k.dtype), dv.result(v.dtype)
 
 
 @attend_backward.register_fake

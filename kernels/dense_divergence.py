@@ -31,13 +31,20 @@ LAUNCH = {"STAGES": 3, "COMPUTE": 240, "LOAD": 24, "num_warps": 4, "maxnreg": 16
 
 
 def takes(q: Tensor, k: Tensor, scores: Scores, most: int) -> bool:
-    """Whether `divergence_sums` is for these: tensors of one type that Gluon takes, and all keys may be selected."""
+    """Whether `divergences` is for these: tensors of one type that Gluon takes, and all keys may be selected."""
     loaded = (q, k, scores.q, scores.k)
     return most >= k.shape[1] and all(x.dtype == q.dtype for x in loaded) and hopper_takes(*loaded)
 
 
-def divergence_sums(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float) -> Tensor:
-    """The sums of `kernels.divergence.of_sums`, [4, N, B, T]."""
+def divergences(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float) -> Tensor:
+    """The divergence of each query [B, T] (`kernels.divergence.divergence`)."""
+    sums = _sums(q, k, lse, words, scores, kind, tau)
+    log, (negative_entropy, expected, mass) = sums[3].logsumexp(0), sums[:3].sum(1).unbind()
+    return negative_entropy - expected + mass * log.masked_fill(log == -math.inf, 0)
+
+
+def _sums(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind: str, tau: float) -> Tensor:
+    """Σ p log p, Σ p · logit, Σ p of the attention and log Σ exp(logit) of each run of keys and query, [4, N, B, T]."""
     batch, length, heads, size = q.shape
     num_keys, (index_heads, index_size) = k.shape[1], scores.q.shape[2:]
     blocks = triton.cdiv(num_keys, TILE)

@@ -20,15 +20,14 @@ class Gradient:
     """
 
     def __init__(self, of: Tensor, largest: Tensor, terms: int, deterministic: bool) -> None:
-        self.type = of.dtype
         self.sum = torch.zeros(of.shape, dtype=torch.int64 if deterministic else torch.float32, device=of.device)
         exponent = torch.frexp(largest.float() * max(terms, 1) + 1e-30)[1] - 62
         self.unit = torch.ldexp(torch.ones((), device=of.device), exponent.clamp(-126, 127))
 
-    def result(self) -> Tensor:
+    def result(self, kind: torch.dtype) -> Tensor:
         if self.sum.dtype == torch.int64:
-            return (self.sum.double() * self.unit.double()).to(self.type)
-        return self.sum.to(self.type)
+            return (self.sum.double() * self.unit.double()).to(kind)
+        return self.sum.to(kind)
 
 
 @triton.jit

@@ -50,11 +50,22 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
+def grid(works: int, tensor: Tensor) -> tuple[int]:
+    """As many programs as there are multiprocessors, which they stay on, or pieces of work."""
+    return (min(works, torch.cuda.get_device_properties(tensor.device).multi_processor_count),)
+
+
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """A tensor [B, T, heads, d] as rows of all heads, of which `copy_tile` copies so many at a time, by head."""
     block = [rows, x.shape[3]]
     layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x.dtype])
     return TensorDescriptor.from_tensor(x.contiguous().flatten(0, 1).flatten(1), block, layout)
+
+
+@gluon.jit
+def unknown_zero(x):
+    """0, which the compiler does not know: what depends on it is not computed before a loop and kept in registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -65,13 +76,13 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _arrived(barrier):
+def arrived(barrier):
     """Have each thread that loads say so at `barrier` once all that it has started to copy is there."""
     async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 
 @gluon.jit
-def _work(number, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr):
+def work_of(number, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr):
     """Of a piece of work: tile, head of keys, part of its group, batch, where its list begins and how long it is.
 
     Neighbouring tiles of one head come together: they read much the same keys, which the L2 cache then holds.
@@ -83,7 +94,7 @@ def _work(number, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _rows(
+def rows_of_tile(
     row, tile, kv_head, part, batch, sizes,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
@@ -110,13 +121,13 @@ def _load(
     num_keys, works = sizes[2], sizes[5]
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(1)
     for number in range(gl.program_id(0), works, gl.num_programs(0)):
-        tile, kv_head, part, batch, entries, count = _work(number, counts, sizes, KV_HEADS, PARTS)
+        tile, kv_head, part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
         mbarrier.wait(empty_q, turn)
         for side in gl.static_range(2):
-            at, real = _rows(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+            at, real = rows_of_tile(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
             at = gl.where(real, at, 0)  # any that may be read: what comes of it is not stored
             copy(queries.index(side), q + (at * D)[:, None] + channel)
-        _arrived(ready_q)
+        arrived(ready_q)
         turn ^= 1
         kv = (batch * num_keys * KV_HEADS + kv_head) * D
         last = gl.maximum(gl.cdiv(count, BLOCK) - 1, 0) * BLOCK
@@ -130,10 +141,10 @@ def _load(
             mbarrier.wait(empty_k.index(stage), phase)
             copy(keys.index(stage), k + kv + place)
             copy(words.index(stage), list_words + entries + i + word_entry)
-            _arrived(ready_k.index(stage))
+            arrived(ready_k.index(stage))
             mbarrier.wait(empty_v.index(stage), phase)
             copy(values.index(stage), v + kv + place)
-            _arrived(ready_v.index(stage))
+            arrived(ready_v.index(stage))
             stage, phase = advance(stage, phase, STAGES)
 
 
@@ -180,7 +191,7 @@ def _compute(
     ready_q, empty_q, ready_k, empty_k, ready_v, empty_v = barriers
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for number in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
-        tile, kv_head, part, batch, entries, count = _work(number, counts, sizes, KV_HEADS, PARTS)
+        tile, kv_head, part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
         bit = gl.full([64], 1, gl.int32, ROW) << (tile * TILE % 32 + row // PART)
         highest = gl.full([64], -1e30, gl.float32, ROW)  # of the logits before they are scaled
         total = gl.zeros([64], gl.float32, ROW)
@@ -222,10 +233,10 @@ def _compute(
             mbarrier.arrive(empty_q)
         empty = total == 0
         log = gl.where(empty, float("-inf"), (highest * scale + gl.log2(total)) * 0.6931471805599453)
-        at, real = _rows(row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+        at, real = rows_of_tile(row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
         gl.store(lse + at, log, mask=real)
         acc = acc / gl.convert_layout(gl.where(empty, 1.0, total), OUT_ROW)[:, None]
-        at, real = _rows(out_row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+        at, real = rows_of_tile(out_row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
         gl.store(out + (at * D)[:, None] + channel, acc.to(TYPE), mask=real[:, None])
 
 

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from kernels.hopper import advance, copy_tile, rows_of
+from kernels.hopper import advance, copy_tile, rows_of, unknown_zero
 from kernels.hopper import takes as hopper_takes
 from kernels.scan import ENTROPY, NOTHING, REACHED, VARIANCE
 from kernels.scores import FORCED, RELU, SIGMOID
@@ -181,12 +181,6 @@ def _halves(x):
 
 
 @gluon.jit
-def _zero(x):
-    """0, which the compiler does not know: what depends on it is not computed before a loop and kept in registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [x], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _scores(
     queries, keys, gates, offsets,
     SIDE: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
@@ -194,7 +188,7 @@ def _scores(
 ):  # fmt: skip
     """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST."""
     nothing = gl.zeros([64, BLOCK], gl.float32, LAYOUT)
-    zero = _zero(gl.to_tensor(0))
+    zero = unknown_zero(gl.to_tensor(0))
     right = keys.permute((1, 0))
     scores = nothing
     if not RAW and KIND != RELU:

@@ -89,9 +89,9 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     if trains and scores is not None:
         kind, tau = config.indexer.kind, config.indexer.temperature
         fixed = (tokens.q.detach(), tokens.k.detach(), lse, words)
-        each, _ = divergence(*fixed, *scores, most, kind, tau, deterministic)
+        total = divergence(*fixed, *scores, most, kind, tau, torch.is_grad_enabled(), deterministic)[0]
         own = _controller_loss(parts, tokens, sparse)
-        total = each.sum() if own is None else each.sum() + own
+        total = total if own is None else total + own
         loss = total / (tokens.own_starts <= tokens.positions).sum().clamp_min(1)
     return Attended(
         attended=attended,

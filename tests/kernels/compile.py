@@ -24,10 +24,13 @@ from kernels import (
     divergence,
     few,
     hopper,
+    hopper_backward,
     levels,
     marks,
     scan,
     split,
+    target,
+    target_tiles,
     unions,
     windows,
 )
@@ -52,20 +55,17 @@ INTEGERS |= {
     "walks",
 }
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "dweight", "dbias"}
-FLOATS |= {"negative_entropy", "expected", "mass", "negative_entropies", "expectations", "masses"}
+FLOATS |= {"negative_entropy", "expected", "mass", "losses"}
 FLOATS |= {"logs", "dk", "dv", "dk_unit", "dv_unit"}
-SCALARS = {"scale", "index_scale", "tau", "threshold"}
+SCALARS = {"scale", "unit", "index_scale", "tau", "threshold"}
 ROUNDED = {"q", "k", "v", "out", "grad", "dq", "index_q", "index_k", "weights"}
 
 ATTEND = {"HEADS": 32, "KV_HEADS": 8, "PARTS": 1, "BLOCK": 64, "ROUNDED": True}
 SCORES = {"KIND": 0, "FAST": True}
 ONE_HEAD = {"HEADS": 1, "D": 128, "DP": 128, "RAW": True, **SCORES}
 FOUR_HEADS = {"HEADS": 4, "D": 64, "DP": 64, "RAW": False, **SCORES}
-DIVERGENCE = {
-    "HEADS": 32, "KV_HEADS": 8, "D": 128, "PART": 4, "PARTS": 1, "KIND": 0, "FAST": True, "ROUNDED": True, "BLOCK": 64,
-}  # fmt: skip
-KL_FOUR = {**DIVERGENCE, "INDEX_HEADS": 4, "PADDED": 4, "INDEX_D": 64, "INDEX_P": 64}
-KL_ONE = {**DIVERGENCE, "INDEX_HEADS": 1, "PADDED": 1, "INDEX_D": 128, "INDEX_P": 128}
+KL_ONE = {"HEADS": 1, "PADDED": 1, "D": 128, "DP": 128, **SCORES}
+KL_FOUR = {"HEADS": 4, "PADDED": 4, "D": 64, "DP": 64, **SCORES}
 
 
 def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
@@ -97,11 +97,13 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (split._join, {"HEADS": 32, "D": 128, "SPLITS": 16}, four),
     ]
     for shape in (KL_ONE, KL_FOUR):
-        blocks = ((128 if shape is KL_FOUR else 64) if tuned else 32, 64 if tuned else 32)
-        found.append((divergence._forward, {**shape, "BLOCK": blocks[1]}, eight))
-        found += [
-            (divergence._backward, {**shape, "BLOCK": blocks[0], "FIXED": fixed}, eight) for fixed in (False, True)
-        ]
+        once = {"RUNS": target.RUNS, "ROUNDED": True, "DIFFERENTIATES": True}
+        for fixed in (False, True):
+            of_sums, of_gradients = divergence.launches(tuned, shape["HEADS"], fixed)
+            constants, options = parted(of_sums)
+            found.append((divergence._sums, shape | constants, options))
+            constants, options = parted(of_gradients)
+            found.append((divergence._gradients, shape | once | {"FIXED": fixed} | constants, options))
     for size in (64, 128):
         shape = {**ATTEND, "D": size}
         found.append((split._attend, {**shape, "PART": 16, "STEP": 256}, {"num_warps": 4, "num_stages": 3}))
@@ -113,12 +115,25 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             constants, options = parted(hopper.LAUNCH)
             tile = {"PART": 4, "TILE": 32, "PARTS": 1, "WIDE": False}
             found.append((hopper.attend_tiles, heads | tile | constants, options))
+            constants, options = parted(hopper_backward.LAUNCH)
+            found.append((hopper_backward.gradient_tiles, heads | tile | constants, options))
+            constants, options = parted(target_tiles.LAUNCH | {"RUNS": target_tiles.RUNS})
+            found += [
+                (
+                    target_tiles.mean_tiles,
+                    heads | {"PART": part, "PARTS": 4 // part, "WIDE": False} | constants,
+                    options,
+                )
+                for part in (1, 2, 4)
+            ]
             constants, options = parted(dense_divergence.LAUNCH | {"RUN": dense_divergence.RUN})
             one, four_heads = (
                 {"INDEX_HEADS": 1, "INDEX_D": 128, "KIND": 0},
                 {"INDEX_HEADS": 4, "INDEX_D": 64, "KIND": 2},
             )
             found += [(dense_divergence._divergence, heads | x | constants, options) for x in (one, four_heads)]
+        of_mean = {name: shape[name] for name in ("HEADS", "KV_HEADS", "D", "PARTS")}
+        found.append((target.mean, {**of_mean, "PART": 4, "WIDE": False, "BLOCK": 64 if tuned else 32}, eight))
         for fixed in (False, True):
             constants = {**of_tile, "TILE": 32, "BLOCK": 32 if fixed else 64} if tuned else of_tile
             found.append((attend._backward, {**constants, "FIXED": fixed}, eight))
@@ -185,8 +200,10 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
         return "*i32" if kernel in (choose.choose, choose.choose_long) else "*i64"
     of_words = kernel in (windows._spread, levels._widen_kernel)
     if name in ("dk", "dv"):
-        return "*i64" if constants["FIXED"] else "*fp32"
-    if name in ("grad", "dq") and "INDEX_D" in constants:
+        return "*i64" if constants.get("FIXED") else "*fp32"
+    if name == "targets":
+        return "*fp16"
+    if kernel is divergence._gradients and name == "dq":
         return "*fp32"
     if name in ROUNDED and not (name == "out" and of_words):
         return "*bf16"

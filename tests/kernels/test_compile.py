@@ -11,8 +11,8 @@ import pytest
 SPILLING = {
     80: ("kernels.scan.mark",),
     89: ("kernels.few._set", "kernels.scan.mark"),
-    90: ("kernels.divergence._backward", "kernels.marks.mark"),
-    100: ("kernels.divergence._backward", "kernels.scan.mark"),
+    90: ("kernels.marks.mark",),
+    100: ("kernels.scan.mark",),
 }
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB of shared memory that a program may have
 

@@ -61,7 +61,8 @@ def test_attention_is_as_exact_as_dense_attention_is(draw: Draw, heads: int, kv_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [3, 4, 8, 64, 80, 160])
 def test_tiles_of_128_rows_equal_the_definition(draw: Draw, group: int, dtype: torch.dtype) -> None:
-    """What `kernels.hopper` computes on sm_90: whole tiles without keys, rows without, and lists of every length."""
+    """What `kernels.hopper` and `kernels.hopper_backward` compute on sm_90: whole tiles without keys, rows without, and
+    lists of every length."""
     length, size = draw.random.randint(1, 400), draw.random.choice([64, 128])
     keys = length + draw.random.choice([0, 77])
     shapes = ((length, 2 * group), (keys, 2), (keys, 2))
@@ -71,8 +72,10 @@ def test_tiles_of_128_rows_equal_the_definition(draw: Draw, group: int, dtype: t
     seen &= torch.ones(length, keys, dtype=torch.bool, device="cuda").tril(keys - length)
     if length > 64:
         seen[:, 32:64] = False
-    out, lse = attend(q, k, v, pack(seen), keys)
-    expected, expected_lse = attend_definition(q.double(), k.double(), v.double(), pack(seen))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*inputs, pack(seen), keys)
+    exact = (q.detach().double(), k.detach().double(), v.detach().double())
+    expected, expected_lse = attend_definition(*exact, pack(seen))
     nothing = ~seen.any(-1)
     assert (out[nothing] == 0).all()
     assert (lse[nothing] == -torch.inf).all()
@@ -80,15 +83,21 @@ def test_tiles_of_128_rows_equal_the_definition(draw: Draw, group: int, dtype: t
         return
     assert off(out[~nothing], expected[~nothing]) < 4e-3
     torch.testing.assert_close(lse[~nothing].double(), expected_lse[~nothing], atol=1e-3, rtol=1e-3)
+    grad = draw.normal(*q.shape).cuda().to(dtype)
+    gradients = attend_backward_definition(grad.double(), *exact, pack(seen), expected, expected_lse)
+    for found, exactly in zip(torch.autograd.grad(out, inputs, grad), gradients, strict=True):
+        # where no query selects more than one key, those of queries and keys are 0 but for rounding
+        assert (found.double() - exactly).norm() < 1e-2 * (exactly.norm() + 1)
 
 
+@pytest.mark.parametrize("most", [1.0, 0.5, 0.02])
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (12, 4, 64), (6, 6, 128)])
-def test_the_loss_of_the_warm_up_equals_its_definition(
-    draw: Draw, heads: int, kv_heads: int, size: int, kind: str
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 2, 128), (12, 4, 64), (6, 6, 128), (20, 1, 64)])
+def test_the_loss_and_its_gradients_equal_their_definitions(
+    draw: Draw, heads: int, kv_heads: int, size: int, kind: str, most: float
 ) -> None:
-    """What `kernels.dense_divergence` computes on sm_90: documents that begin anywhere, rows that see nothing."""
-    length, dtype = draw.random.randint(1, 3000), draw.random.choice([torch.bfloat16, torch.float16])
+    """Documents that begin anywhere, of which all keys are selected (the warm-up) or some; rows that select nothing."""
+    length, dtype = draw.random.randint(60, 3000), draw.random.choice([torch.bfloat16, torch.float16])
     index_heads, index_size = draw.random.randint(1, 4), draw.random.choice([64, 128])
     shapes = ((heads, size), (kv_heads, size), (index_heads, index_size))
     q, k, index_q = (draw.normal(2, length, *shape).cuda().to(dtype) for shape in shapes)
@@ -98,16 +107,27 @@ def test_the_loss_of_the_warm_up_equals_its_definition(
     period = draw.random.choice([length, draw.random.randint(1, 1000)])
     starts = (torch.arange(length, device="cuda") // period * period).expand(2, -1)
     words = visible(starts, torch.arange(length, device="cuda"), length)
+    if most < 1:
+        words &= pack(torch.rand(2, length, length, generator=draw.generator).cuda() < most)
     words[:, : draw.random.randint(0, 3)] = 0
+    words[..., -1] = 0
+    trained = [x.requires_grad_() for x in (index_q, index_k, weight, bias) if x is not None]
     scores = Scores(index_q, index_k, weight, bias)
     lse = attend_definition(q, k, k, words)[1]
-    assert dense_divergence.takes(q, k, scores, length) == (torch.cuda.get_device_capability()[0] == 9)
-    found = divergence(q, k, lse, words, *scores, length, kind, 3.0)
-    gates = [None if x is None else x.double() for x in (weight, bias)]
-    exact = Scores(index_q.double(), index_k.double(), *gates)
-    expected = divergence_definition(q.double(), k.double(), lse.double(), words, exact, kind, 3.0)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+    if most == 1:
+        taken = dense_divergence.takes(q, k, scores, length)
+        assert taken == (torch.cuda.get_device_capability()[0] == 9)
+    loss = divergence(q, k, lse, words, *scores, length - (most < 1), kind, 3.0)[0]
+    gates = [None if x is None else x.detach().double() for x in (weight, bias)]
+    exact = Scores(index_q.detach().double(), index_k.detach().double(), *gates)
+    each, expected = divergence_definition(q.double(), k.double(), lse.double(), words, exact, kind, 3.0)
+    torch.testing.assert_close(loss, each.sum(), atol=1e-2, rtol=2e-3)
+    found = torch.autograd.grad(loss, trained)
+    for ours, theirs in zip(found, [x for x in expected if x.numel()], strict=True):
+        assert (ours.double() - theirs.double()).norm() <= 1e-2 * (1 + theirs.double().norm())
+    if most == 1 and taken:
+        found_each = dense_divergence.divergences(q, k, lse, words, scores, kind, 3.0)
+        torch.testing.assert_close(found_each, each, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"block": 32}, {"share": 32}, {"local_window": 40, "sink_tokens": 4}])

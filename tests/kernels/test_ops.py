@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kernels.attend import attend
-from kernels.divergence import divergence
+from kernels.divergence import divergence, divergence_gradients
+from kernels.rule import Scores, scores_definition
 from kernels.select import select
 from kernels.support import problem
+from kernels.target import target_definition
 from kernels.windows import spread, visible
 from kernels.words import pack, unpack
 from tests.draw import INDEXERS, Draw
@@ -48,15 +50,18 @@ def attention(draw: Draw, group: int = 2, length: int = 35, keys: int = 40, size
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), words, keys]
 
 
-def kl(draw: Draw, kind: str) -> list[Any]:
+def kl(draw: Draw, kind: str, at_once: bool) -> list[Any]:
+    """Inputs of `divergence`; `at_once`: of which the last key is not selected, so that gradients are made at once."""
     q, k, v, words, keys = attention(draw)
+    most = keys - at_once
+    words[..., most:] = 0
     lse = attend(q, k, v, words, keys)[1].detach()
     heads, size = draw.random.choice([(1, 24), (3, 16)])
     index_q, index_k = normal(draw, *q.shape[:2], heads, size), normal(draw, *k.shape[:2], size)
     weight = None if kind == "sigmoid" else normal(draw, *q.shape[:2], heads).sigmoid()
     bias = None if kind == "relu" else normal(draw, heads)
     trained = [None if x is None else x.requires_grad_() for x in (index_q, index_k, weight, bias)]
-    return [q.detach(), k.detach(), lse, words, *trained, keys, kind, 10.0]
+    return [q.detach(), k.detach(), lse, words, *trained, most, kind, 10.0]
 
 
 def selection(draw: Draw, controller: str, kind: str, keys: int, length: int, integers: bool, **options: Any) -> Any:
@@ -82,9 +87,14 @@ def test_attention_passes_opcheck(draw: Draw, definitions: None, deterministic: 
     torch.library.opcheck(attend, (*attention(draw), deterministic))
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", INDEXERS)
-def test_divergence_passes_opcheck(draw: Draw, definitions: None, kind: str) -> None:
-    torch.library.opcheck(divergence, tuple(kl(draw, kind)))
+def test_divergence_passes_opcheck(draw: Draw, definitions: None, kind: str, at_once: bool) -> None:
+    inputs = kl(draw, kind, at_once)
+    torch.library.opcheck(divergence, tuple(inputs))
+    torch.library.opcheck(
+        divergence_gradients, (*(None if x is None else x.detach() for x in inputs[:8]), *inputs[8:], False)
+    )
 
 
 def test_selection_and_windows_pass_opcheck(draw: Draw, definitions: None) -> None:
@@ -110,19 +120,36 @@ def test_attention_equals_its_definition(draw: Draw, monkeypatch: pytest.MonkeyP
     assert (found[0][1][nothing] == -torch.inf).all()
 
 
+@pytest.mark.parametrize(("at_once", "trains"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("kind", INDEXERS)
 def test_divergence_equals_its_definition(
-    draw: Draw, monkeypatch: pytest.MonkeyPatch, kind: str, deterministic: bool
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, kind: str, deterministic: bool, at_once: bool, trains: bool
 ) -> None:
-    inputs = kl(draw, kind)
+    inputs = kl(draw, kind, at_once)
     trained = [x for x in inputs[4:8] if x is not None]
     found = []
     for _ in range(2):
-        loss, _ = divergence(*inputs, deterministic)
-        found.append((loss, *torch.autograd.grad(loss.square().sum(), trained)))
+        loss = divergence(*inputs, trains, deterministic)[0]
+        found.append((loss, *torch.autograd.grad(loss.square(), trained)))
         use_definitions(monkeypatch)
-    assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+    scale = 1 + 2 * found[1][0].item()  # what gradients are scaled by
+    assert_close([x / scale for x in found[0]], [x / scale for x in found[1]], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", INDEXERS)
+def test_gradients_of_the_divergence_are_those_of_autograd(draw: Draw, definitions: None, kind: str) -> None:
+    """They are written out in `divergence_definition`; here the loss alone is, and PyTorch differentiates it."""
+    q, k, lse, words, *given, most, _, tau = kl(draw, kind, at_once=True)
+    trained = [x for x in given if x is not None]
+    loss = divergence(q, k, lse, words, *given, most, kind, tau)[0]
+    target = target_definition(q, k, lse, words)
+    logits = (tau * scores_definition(Scores(*given), kind)).masked_fill(~unpack(words, q.shape[1]), -torch.inf)
+    log_p = logits.log_softmax(-1)
+    expected = (target * (target.clamp_min(1e-30).log() - log_p))[target > 0].sum()
+    assert_close((loss,), (expected,), atol=1e-3, rtol=1e-4)
+    found = torch.autograd.grad(loss, trained)
+    assert_close(found, torch.autograd.grad(expected, trained), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", INDEXERS)
