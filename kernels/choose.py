@@ -154,6 +154,7 @@ def search(
     """Set the bits for the queries that are SHORT, from all keys.
 
     The first two steps look at a query's bound: where many scores are equal, it is mostly these that it lies below.
+    Else the k-th is near it: the next steps move away from it, four times as far each time, until the k-th is between.
     """
     tile, batch = tl.program_id(0), tl.program_id(1)
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
@@ -167,13 +168,18 @@ def search(
         want = tl.load(wanted + row, mask=real, other=0)
         low = tl.full((M,), -2147483647, tl.int32)
         high = tl.full((M,), 2147483647, tl.int32)
-        reached = tl.full((M,), 2147483647, tl.int32)
+        reached, above = tl.full((M,), 2147483647, tl.int32), tl.zeros((M,), tl.int32)
         bound = tl.load(bounds + row, mask=real, other=0.0)
         guess = tl.where(bound == bound, ordered(bound), 2147483646) + 1
         guess = tl.where(bound == -1e-30, 0, guess)  # what `kernels.scan.bound` gives for 0
-        turn = 0
+        turn = tl.full((), 0, tl.int32)
         while tl.max((short & (reached > want) & (low < high)).to(tl.int32)) > 0:
-            middle = between(low, high) + 1
+            middle = between_counts(low, high, reached, above, want, turn)
+            away = tl.full((), 1, tl.int64) << tl.minimum(16 + 2 * turn, 32).to(tl.int64)
+            middle = tl.where(
+                low == -2147483647, tl.maximum(high.to(tl.int64) - away, -2147483646).to(tl.int32), middle
+            )
+            middle = tl.where(high == 2147483647, tl.minimum(low.to(tl.int64) + away, 2147483647).to(tl.int32), middle)
             middle = tl.where((turn == 0) & (guess > low) & (guess <= high), guess, middle)
             middle = tl.where((turn == 1) & (low == guess), low + 1, middle)
             turn += 1
@@ -186,19 +192,8 @@ def search(
                     local, sink, batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
                 )  # fmt: skip
                 here += tl.sum((visible & (order >= middle[None, :])).to(tl.int32), 0)
-            enough = here >= want
-            low = tl.where(enough, middle, low)
-            reached = tl.where(enough, here, reached)
-            high = tl.where(enough, high, middle - 1)
-        above = tl.zeros((M,), tl.int32)
-        for i in range(first, end, N):
-            element = i + tl.arange(0, N)
-            inside = element < end
-            key, order, visible = order_block(
-                element, inside, k, queries, gates, offsets, list_keys, list_words, entries, bit, start, last,
-                local, sink, batch, num_keys, LISTED, KIND, HEADS, D, DP, RAW, FAST,
-            )  # fmt: skip
-            above += tl.sum((visible & (order > low[None, :])).to(tl.int32), 0)
+            low, high, reached, above = narrowed(low, high, reached, above, middle, here, want)
+        some = tl.where(reached > want, want - above, 2147483647)  # of those equal to `low`
         taken = tl.zeros((M,), tl.int32)
         word_row = words + batch.to(tl.int64) * word_stride + (tile // per_list).to(tl.int64) * num_keys
         value = tl.where(short, tl.full((M,), 1, tl.int32) << bit, 0)
@@ -212,6 +207,6 @@ def search(
             tied = visible & (order == low[None, :])
             rank = taken[None, :] + tl.cumsum(tied.to(tl.int32), 0)
             taken += tl.sum(tied.to(tl.int32), 0)
-            chosen = visible & ((order > low[None, :]) | (tied & (rank <= (want - above)[None, :])))
+            chosen = visible & ((order > low[None, :]) | (tied & (rank <= some[None, :])))
             bits = tl.sum(tl.where(chosen, value[None, :], 0), 1)
             tl.atomic_or(word_row + key, bits, mask=inside, sem="relaxed")
