@@ -281,7 +281,7 @@ class Launch(NamedTuple):
         one_head, given = scores.q.shape[2] == 1, rule.controller == "given"
         shape, hopper = _shape(scores, rule), tuned(scores.q)
         keys: Options = {"N": 128 if one_head or (given and not listed) else 64}  # or registers do not suffice
-        few: Options = {"N": 256}
+        few: Options = {"N": 64}
         if not hopper:
             keys, few = {"N": 64}, {"N": 32}
         if INTERPRET:

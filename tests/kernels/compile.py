@@ -148,7 +148,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
                 found.append((scan.sample, half, eight))
                 found += [(scan.mark, {**half, "SUM": kind}, eight) for kind in (1, 2, 3)]
             found.append(
-                (choose.search, {**shape, "LISTED": listed, "M": 16, "N": 256 if tuned else 32}, {"num_warps": 8})
+                (choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64 if tuned else 32}, {"num_warps": 8})
             )
         if tuned:
             width = shape["HEADS"] * shape["D"]
