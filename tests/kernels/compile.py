@@ -78,7 +78,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (windows._spread, {"BLOCK": 1024}, four),
         (dense_divergence._busy, {}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
-        (scan.prepare, {"SIGMAS": 5, "GIVEN": True, "BLOCK": 256}, four),
+        (scan.prepare, {"SIGMAS": 6, "GIVEN": True, "BLOCK": 256}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         *(
             (choose.choose, {"P": p, "REST": p // 2}, {"num_warps": p // 512, "maxnreg": 96})
