@@ -22,7 +22,7 @@ from kernels.gradient import Gradient, add
 from kernels.rule import Scores, scores_definition
 from kernels.scores import KINDS, sigmoid
 from kernels.support import INTERPRET, runs_triton, tuned
-from kernels.target import RUNS, queries_of_targets, run_of, target_definition, targets, unit_of
+from kernels.target import RUNS, base_two, queries_of_targets, run_of, target_definition, targets, unit_of
 from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
 
@@ -202,7 +202,7 @@ class _Walk:
         index_heads, size = scores.q.shape[2:]
         none = torch.empty(0, dtype=torch.float32, device=q.device)
         weight, bias = scores.weight, scores.bias
-        self.attention = (q.contiguous(), k.contiguous(), lse)
+        self.attention = (q.contiguous(), k.contiguous(), base_two(lse))
         self.words, self.most, self.scores, self.tau = words, most, scores, tau
         self.tensors = (
             scores.q.contiguous(), scores.k.contiguous(), none if weight is None else weight.contiguous(),

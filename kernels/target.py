@@ -45,13 +45,18 @@ def queries_of_targets(q: Tensor, num_keys: int) -> int:
     return queries_at_once(q.shape[0], num_keys, BYTES // size)
 
 
-def targets(q: Tensor, k: Tensor, lse: Tensor, lists: Unions, first: int) -> Tensor:
+def base_two(lse: Tensor) -> Tensor:
+    """Logarithms of sums as `targets` takes them: to base 2, +∞ for a query that selects nothing."""
+    return (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf).contiguous()
+
+
+def targets(q: Tensor, k: Tensor, logs: Tensor, lists: Unions, first: int) -> Tensor:
     """Means over heads of softmax(q·k/√d), [B, N, capacity, 32], in multiples of `unit_of`.
 
     Args:
         q: [B, T, H, d].
         k: [B, S, K, d].
-        lse: [B, T, H], logarithms of the softmax's sums.
+        logs: [B, T, H], logarithms of the softmax's sums (`base_two`).
         lists: of tiles of 32 queries, N of them from query `first` on. What stands where a query does not select a key
             and behind the end of a list is unspecified.
     """
@@ -61,14 +66,12 @@ def targets(q: Tensor, k: Tensor, lse: Tensor, lists: Unions, first: int) -> Ten
     out = torch.empty(batch, tiles, capacity, WORD, dtype=kind, device=q.device)
     group = heads // kv_heads
     part = min(triton.next_power_of_2(group), 4)
-    # exp2 needs them to base 2; a query that selects nothing has probabilities of 0
-    logs = (lse * math.log2(math.e)).masked_fill(lse == -math.inf, math.inf)
     shape = {
         "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "PART": part, "PARTS": triton.cdiv(group, part),
         "WIDE": math.prod(k.shape[1:]) >= 2**31,
     }  # fmt: skip
     scale, unit = math.log2(math.e) / math.sqrt(size), 1 / (heads * unit_of(q))
-    inputs = (q, k, logs.contiguous(), lists.keys, lists.counts, out, scale, unit, first, length, k.shape[1], capacity)
+    inputs = (q, k, logs, lists.keys, lists.counts, out, scale, unit, first, length, k.shape[1], capacity)
     if not out.numel():
         return out
     if hopper.takes(q, k):
