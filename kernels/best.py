@@ -17,7 +17,11 @@ from kernels.unions import queries_at_once, unions
 from kernels.words import WORD, pack, unpack
 
 SAMPLES = 4096  # of a query at most
-SIGMAS = 6  # a bound is this many deviations lower than the samples say: one 128K forward in 700 has one that fails
+SURE = 6  # deviations that one 128K forward in 700 exceeds
+# A bound is so many deviations lower than the samples say. From as many keys on, where a mark less of each query gains
+# more than it costs to find one in a thousand among all keys again, it is less, and so many of a row are found by
+# `kernels.few`.
+LIKELY, MANY, PLACES = (1, 64, 4) if INTERPRET else (3, 2**16, 256)
 MARKS = 3 * 2**29  # bytes of marks that exist at one time
 PAIRS = 2**30  # of queries and keys whose scores the definition has at hand
 
@@ -162,8 +166,9 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         chosen, count = words[:, in_words], part.stop - part.start
         grid = (triton.cdiv(count, WORD), batch)
         lists: tuple[Tensor, Tensor, Tensor] = (words, words, words)  # not read
-        if candidates is not None:
-            lists = unions(candidates(part), ends[:, in_words].contiguous(), WORD, num_keys)
+        open_ = None if candidates is None else candidates(part).contiguous()
+        if open_ is not None:
+            lists = unions(open_, ends[:, in_words].contiguous(), WORD, num_keys)
         capacity = lists[0].shape[2] if listed else 0
         inputs = _inputs(scores.rows(part), starts[:, part], lasts[:, part])
         bounds = torch.full((batch, count), math.nan, dtype=torch.float32, device=device)
@@ -207,6 +212,15 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         if plan.room > launch.choose["P"] + launch.choose["REST"]:
             long: Options = {"ROWS": 32, "P": 16 if INTERPRET else 1024, "num_warps": 4}
             choose.choose_long[(triton.cdiv(count, 32), batch)](*best_of, **long)
+        if plan.places:
+            places = torch.full((batch, plan.places), -1, dtype=torch.int32, device=device)
+            taken, block = torch.full((batch,), -1, dtype=torch.int32, device=device), 16 if INTERPRET else 1024
+            choose.single_out[(triton.cdiv(count, block), batch)](
+                states, places, taken, count, plan.places, BLOCK=block
+            )
+            values = scores_of_few(inputs, open_, _shape(scores, rule), places)
+            limits = Limits(*forced, 0, num_keys)
+            choose_few(values, inputs[-2], inputs[-1], want, limits, chosen, words.stride(0), places)
         choose.search[(triton.cdiv(count, 16), batch)](
             *inputs, *lists, bounds, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
             **launch.search,
@@ -224,7 +238,7 @@ def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Te
     walks = torch.empty(batch, triton.cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
     scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
         *given, *found, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
-        rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=SIGMAS,
+        rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=plan.sigmas,
         GIVEN=rule.controller == "given", BLOCK=8 * WORD,
     )  # fmt: skip
     return *found, ends, walks
@@ -304,13 +318,16 @@ class Sampling(NamedTuple):
     """How a bound is taken: from every `stride`-th key, so that at most `room` keys of a query exceed it."""
 
     stride: int
+    sigmas: int
     likely: int  # most queries have no more marked keys
     room: int
+    places: int  # for queries of a row whose bounds fail
 
     @classmethod
     def of(cls, most: int, num_keys: int) -> "Sampling":
         stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
-        rank = most / stride + SIGMAS * math.sqrt(most / stride) + 2
+        sigmas, places = (LIKELY, PLACES) if num_keys >= MANY else (SURE, 0)
+        rank = most / stride + sigmas * math.sqrt(most / stride) + 2
         rank *= 17 / 16  # what `scan.bound` allows itself
-        room = max(math.ceil(stride * (rank + SIGMAS * math.sqrt(rank))), 64)
-        return cls(stride, math.ceil(stride * rank), min(room, num_keys))
+        room = max(math.ceil(stride * (rank + SURE * math.sqrt(rank))), 64)
+        return cls(stride, sigmas, math.ceil(stride * rank), min(room, num_keys), places)

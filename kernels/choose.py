@@ -2,8 +2,9 @@
 
 1. `choose` closes in on the k-th of a query's marks, and of equal scores takes the earlier keys';
 2. `choose_long` does so where there are more marks than a program holds;
-3. `search` bisects over all keys for queries whose bound was too high or marked too much, and scores them all in every
-   step: slow, seldom, and right whatever the scores are.
+3. queries whose bound was too high or marked too much are found among all keys: as many as `single_out` has places
+   for by `kernels.few`, the rest by `search`, which bisects and scores all keys in every step: slow, seldom, and right
+   whatever the scores are.
 """
 
 import triton
@@ -142,6 +143,24 @@ def choose_long(
             bit = tl.full((), 1, tl.int32) << (i % 32)
             # with `reached` of them wanted, as many of those equal to `low` are as there are
             set_earlier(of_row, count, low, tl.where(reached > want, want - above, count), word_row, bit, num_keys, P)
+
+
+@triton.jit
+def single_out(states, places, taken, num_rows, num_places, BLOCK: tl.constexpr):
+    """Put queries that are SHORT, while there is room, into `places` [B, `num_places`]; they are DONE for this module.
+
+    `taken` [B], −1 before, is the place taken last.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    state = states + batch * num_rows + i
+    short = tl.load(state, mask=i < num_rows, other=DONE) == SHORT
+    number = tl.sum(short.to(tl.int32))
+    if number > 0:
+        place = tl.atomic_add(taken + batch, number, sem="relaxed") + tl.cumsum(short.to(tl.int32), 0)
+        fits = short & (place < num_places)
+        tl.store(places + batch * num_places + place, i, mask=fits)
+        tl.store(state, DONE, mask=fits)
 
 
 @triton.jit

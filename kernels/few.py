@@ -1,5 +1,7 @@
 """The best keys of a few queries, as in decoding: no time to lose on one query, so that all of the GPU works on it.
 
+The few are all queries that there are, or those of many that `places` [B, N] int32 names, with −1 where it names none.
+
 S scores of a query are written, as `ordered` numbers, and the k-th of them is found digit by digit: a histogram of the
 first 8 bits says which bin it is in, one of the next 8 bits within that bin which bin there, and so on. Everything runs
 on the GPU, and shapes do not depend on what is found: a CUDA graph can hold it.
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.scores import FORCED, number_kept, of_queries, ordered, queries_of_tile, score_block
+from kernels.scores import FORCED, number_kept, of_queries, ordered, score_block
 
 FEW = 16  # queries of a row, at most
 DIGITS, BINS = 4, 256  # of 8 bits; Triton's histograms slow down with the number of bins
@@ -36,87 +38,117 @@ def unordered(values: Tensor) -> Tensor:
     return (values ^ ((values >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def scores_of_few(inputs: tuple[Tensor, ...], open_: Tensor | None, shape: dict[str, int | bool]) -> Tensor:
-    """`ordered` scores [B, R, S] int32 of R queries; `NOT_VISIBLE` where `open_` [B, 1, S] (words) does not let one.
+def scores_of_few(
+    inputs: tuple[Tensor, ...], open_: Tensor | None, shape: dict[str, int | bool], places: Tensor | None = None
+) -> Tensor:
+    """`ordered` scores [B, N, S] int32 of N of R queries; `NOT_VISIBLE` where `open_` does not let one choose a key.
 
     What lies before a query's first key or after its last is unspecified.
+
+    Args:
+        inputs: `kernels.best` has them.
+        open_: words [B, ⌈R/32⌉, S]; `None`: all keys are open.
+        shape: what the code depends on.
+        places: which queries; `None`: all R.
     """
     q, k = inputs[:2]
     batch, rows, num_keys = q.shape[0], q.shape[1], k.shape[1]
-    values = torch.empty(batch, rows, num_keys, dtype=torch.int32, device=q.device)
-    per_program = 4 * shape["N"]
-    words = values if open_ is None else open_
-    _score[(triton.cdiv(num_keys, per_program), batch)](
-        *inputs, words, values, rows, num_keys, OPEN=open_ is None, M=FEW, BLOCKS=4, num_warps=4, num_stages=3, **shape
-    )
+    few = rows if places is None else places.shape[1]
+    values = torch.empty(batch, few, num_keys, dtype=torch.int32, device=q.device)
+    grid = (triton.cdiv(num_keys, 4 * shape["N"]), triton.cdiv(few, FEW), batch)
+    _score[grid](
+        *inputs, values if open_ is None else open_, values, values if places is None else places, few, rows, num_keys,
+        OPEN=open_ is None, SOME=places is not None, M=FEW, BLOCKS=4, num_warps=4, num_stages=3, **shape,
+    )  # fmt: skip
     return values
 
 
 def choose_few(
-    values: Tensor, starts: Tensor, lasts: Tensor, wanted: Tensor, limits: Limits, words: Tensor, word_stride: int
-) -> None:
-    """Set the bits of each query's `wanted` [B, R] best keys in `words` [B, 1, S], which are 0.
+    values: Tensor, starts: Tensor, lasts: Tensor, wanted: Tensor, limits: Limits, words: Tensor, word_stride: int,
+    places: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Set the bits of each of the few's `wanted` [B, R] best keys in `words` [B, ⌈R/32⌉, S], where theirs are 0.
 
     Args:
-        values: [B, R, S] int32, `scores_of_few`.
+        values: [B, N, S] int32, `scores_of_few`.
         starts: [B, R] int32, the first key that a query sees.
         lasts: [B, R] int32, and the last.
         wanted: [B, R] int32; as many are chosen, within the limits, and no more than a query sees.
         limits: see there.
         words: see there.
-        word_stride: of its rows.
+        word_stride: from one row of the batch to the next.
+        places: which queries; `None`: all R.
     """
-    batch, rows, num_keys = values.shape
-    counts = torch.zeros(batch, rows, DIGITS, BINS, dtype=torch.int32, device=values.device)
-    grid = (triton.cdiv(num_keys, BLOCK), rows, batch)
-    common = (values, starts, lasts, wanted, *limits, counts)
+    batch, few, num_keys = values.shape
+    counts = torch.zeros(batch, few, DIGITS, BINS, dtype=torch.int32, device=values.device)
+    grid = (triton.cdiv(num_keys, BLOCK), few, batch)
+    common = (values, starts, lasts, wanted, values if places is None else places, *limits, counts)
+    constants = {"SOME": places is not None, "DIGITS": DIGITS, "BLOCK": BLOCK, "BINS": BINS}
     for digit in range(DIGITS):
-        _count[grid](*common, num_keys, DIGIT=digit, DIGITS=DIGITS, BLOCK=BLOCK, BINS=BINS, num_warps=8)
-    _set[grid](*common, words, word_stride, num_keys, DIGITS=DIGITS, BLOCK=BLOCK, BINS=BINS, num_warps=8)
+        _count[grid](*common, starts.shape[1], num_keys, DIGIT=digit, num_warps=8, **constants)
+    _set[grid](*common, words, word_stride, starts.shape[1], num_keys, num_warps=8, **constants)
 
 
 @triton.jit
 def _score(
-    q, k, weights, biases, starts, lasts, open_words, values, num_rows, num_keys,
-    OPEN: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    q, k, weights, biases, starts, lasts, open_words, values, places, few, num_rows, num_keys,
+    OPEN: tl.constexpr, SOME: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1)
-    row, real, start, last = queries_of_tile(starts, lasts, 0, batch, num_rows, M)
+    batch = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(1) * M + tl.arange(0, M)
+    slot, real = batch * few + i, i < few
+    if SOME:
+        i = tl.load(places + slot, mask=real, other=-1)
+        real = i >= 0
+    row = batch * num_rows + i
+    last = tl.load(lasts + row, mask=real, other=-1)
     end = tl.minimum(tl.max(last) + 1, num_keys)
     first = tl.program_id(0) * (BLOCKS * N)
     if first < end:
         queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
-        bit = tl.arange(0, M)
-        for i in range(first, tl.minimum(first + BLOCKS * N, end), N):
-            key = i + tl.arange(0, N)
+        for at in range(first, tl.minimum(first + BLOCKS * N, end), N):
+            key = at + tl.arange(0, N)
             inside = key < end
             _, scores, _ = score_block(
-                key, inside, k, queries, gates, offsets, open_words, open_words, 0, bit, batch, num_keys,
+                key, inside, k, queries, gates, offsets, open_words, open_words, 0, i, batch, num_keys,
                 False, KIND, HEADS, D, DP, RAW, FAST,
             )  # fmt: skip
             order = ordered(tl.trans(scores))
+            write = real[:, None] & inside[None, :]
             if not OPEN:
-                word = tl.load(open_words + batch.to(tl.int64) * num_keys + key, mask=inside, other=0)
-                order = tl.where(((word[None, :] >> bit[:, None]) & 1) != 0, order, -2147483648)
-            tl.store(values + row[:, None] * num_keys + key[None, :], order, mask=real[:, None] & inside[None, :])
+                word_row = batch * ((num_rows + 31) // 32) + i // 32
+                word = tl.load(open_words + word_row[:, None] * num_keys + key[None, :], mask=write, other=0)
+                order = tl.where(((word >> (i % 32)[:, None]) & 1) != 0, order, -2147483648)
+            tl.store(values + slot[:, None] * num_keys + key[None, :], order, mask=write)
 
 
 @triton.jit
-def orders(values, starts, lasts, local, sink, row, key, num_keys):
+def query_of(places, starts, lasts, num_rows, SOME: tl.constexpr):
+    """Which of the few a program works for, its place and its row among all queries, and between what keys it sees."""
+    batch = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(1)
+    slot = batch * tl.num_programs(1) + i
+    if SOME:
+        i = tl.load(places + slot)
+    row = batch * num_rows + i
+    return slot, i, row, tl.load(starts + row, mask=i >= 0, other=0), tl.load(lasts + row, mask=i >= 0, other=-1)
+
+
+@triton.jit
+def orders(values, start, last, local, sink, slot, key, num_keys):
     """`ordered` scores of a query's keys, forced ones highest; those that it does not see are −2³¹."""
-    start, last = tl.load(starts + row), tl.load(lasts + row)
     seen = (key >= start) & (key <= last) & (key < num_keys)
-    order = tl.load(values + row * num_keys + key, mask=seen, other=-2147483648)
+    order = tl.load(values + slot * num_keys + key, mask=seen, other=-2147483648)
     forced = (key > last - local) | (key < start + sink)
     highest = ordered(tl.full(key.shape, FORCED, tl.float32))
     return tl.where(forced & (order != -2147483648), highest, order)
 
 
 @triton.jit
-def number(wanted, starts, lasts, local, sink, k_min, k_max, row):
+def number(wanted, start, last, local, sink, k_min, k_max, row):
     """How many keys a query chooses."""
-    available = tl.maximum(tl.load(lasts + row) - tl.load(starts + row) + 1, 0)
+    available = tl.maximum(last - start + 1, 0)
     return number_kept(tl.load(wanted + row), available, local, sink, k_min, k_max)
 
 
@@ -139,48 +171,49 @@ def found(counts, row, want, DIGIT: tl.constexpr, DIGITS: tl.constexpr, BINS: tl
 
 @triton.jit
 def _count(
-    values, starts, lasts, wanted, local, sink, k_min, k_max, counts, num_keys,
-    DIGIT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    values, starts, lasts, wanted, places, local, sink, k_min, k_max, counts, num_rows, num_keys,
+    SOME: tl.constexpr, DIGIT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one digit, over the numbers whose earlier digits are those of the wanted one."""
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    slot, i, row, start, last = query_of(places, starts, lasts, num_rows, SOME)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK <= tl.load(lasts + row):
-        order = orders(values, starts, lasts, local, sink, row, key, num_keys)
+    if tl.program_id(0) * BLOCK <= last:
+        order = orders(values, start, last, local, sink, slot, key, num_keys)
         here = order != -2147483648
-        want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
+        want = number(wanted, start, last, local, sink, k_min, k_max, row)
         for digit in tl.static_range(DIGIT):
-            mine, want, _ = found(counts, row, want, digit, DIGITS, BINS)
+            mine, want, _ = found(counts, slot, want, digit, DIGITS, BINS)
             here = here & (digit_of(order, digit) == mine)
         histogram = tl.histogram(digit_of(order, DIGIT), BINS, here)
-        target = counts + (row * DIGITS + DIGIT) * BINS + tl.arange(0, BINS)
+        target = counts + (slot * DIGITS + DIGIT) * BINS + tl.arange(0, BINS)
         tl.atomic_add(target, histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit
 def _set(
-    values, starts, lasts, wanted, local, sink, k_min, k_max, counts, words, word_stride, num_keys,
-    DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    values, starts, lasts, wanted, places, local, sink, k_min, k_max, counts, words, word_stride, num_rows, num_keys,
+    SOME: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Bits of the numbers above the wanted one, and of those equal to it the earliest as long as there is room."""
-    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
+    slot, i, row, start, last = query_of(places, starts, lasts, num_rows, SOME)
     first = tl.program_id(0) * BLOCK
-    if (first <= tl.load(lasts + row)) & (want > 0):
-        least = tl.full((), 0, tl.int32)
-        equals = tl.full((), 0, tl.int32)
-        for digit in tl.static_range(DIGITS):
-            mine, want, equals = found(counts, row, want, digit, DIGITS, BINS)
-            least = (least << 8) | mine
-        least = least ^ -2147483648
-        key = first + tl.arange(0, BLOCK)
-        order = orders(values, starts, lasts, local, sink, row, key, num_keys)
-        equal = order == least
-        if equals > want:  # then earlier blocks may have taken some
-            for i in range(0, first, BLOCK):
-                earlier = orders(values, starts, lasts, local, sink, row, i + tl.arange(0, BLOCK), num_keys)
-                want -= tl.sum((earlier == least).to(tl.int32))
-        chosen = (order > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= want))
-        bit = tl.full((BLOCK,), 1, tl.int32) << tl.program_id(1)
-        target = words + tl.program_id(2).to(tl.int64) * word_stride + key
-        tl.atomic_or(target, bit, mask=chosen, sem="relaxed")
+    if first <= last:
+        want = number(wanted, start, last, local, sink, k_min, k_max, row)
+        if want > 0:
+            least = tl.full((), 0, tl.int32)
+            equals = tl.full((), 0, tl.int32)
+            for digit in tl.static_range(DIGITS):
+                mine, want, equals = found(counts, slot, want, digit, DIGITS, BINS)
+                least = (least << 8) | mine
+            least = least ^ -2147483648
+            key = first + tl.arange(0, BLOCK)
+            order = orders(values, start, last, local, sink, slot, key, num_keys)
+            equal = order == least
+            if equals > want:  # then earlier blocks may have taken some
+                for at in range(0, first, BLOCK):
+                    earlier = orders(values, start, last, local, sink, slot, at + tl.arange(0, BLOCK), num_keys)
+                    want -= tl.sum((earlier == least).to(tl.int32))
+            chosen = (order > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= want))
+            bit = tl.full((BLOCK,), 1, tl.int32) << (i % 32)
+            word_row = tl.program_id(2).to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
+            tl.atomic_or(words + word_row + key, bit, mask=chosen, sem="relaxed")

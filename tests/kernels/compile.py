@@ -53,6 +53,8 @@ INTEGERS |= {
     "out_starts",
     "out_lasts",
     "walks",
+    "places",
+    "taken",
 }
 FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "dweight", "dbias"}
 FLOATS |= {"negative_entropy", "expected", "mass", "losses"}
@@ -78,24 +80,29 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (windows._spread, {"BLOCK": 1024}, four),
         (dense_divergence._busy, {}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
-        (scan.prepare, {"SIGMAS": 6, "GIVEN": True, "BLOCK": 256}, four),
+        (scan.prepare, {"SIGMAS": 3, "GIVEN": True, "BLOCK": 256}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         *(
             (choose.choose, {"P": p, "REST": p // 2}, {"num_warps": p // 512, "maxnreg": 96})
             for p in (2048, 4096, 8192)
         ),
         (choose.choose_long, {"ROWS": 32, "P": 1024}, four),
-        (few._score, {**ONE_HEAD, "OPEN": True, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
-        (few._score, {**FOUR_HEADS, "OPEN": False, "M": 16, "N": 128, "BLOCKS": 4}, {"num_warps": 4, "num_stages": 3}),
-        *(
-            (few._count, {"DIGIT": digit, "DIGITS": 4, "BLOCK": 4096, "BINS": 256}, {"num_warps": 8})
-            for digit in range(4)
-        ),
-        (few._set, {"DIGITS": 4, "BLOCK": 4096, "BINS": 256}, {"num_warps": 8}),
+        (choose.single_out, {"BLOCK": 1024}, four),
         (split._count, {"BLOCK": 4096}, four),
         (split._list, {"BLOCK": 4096, "BLOCKS": 32}, four),
         (split._join, {"HEADS": 32, "D": 128, "SPLITS": 16}, four),
     ]
+    for some in (False, True):
+        of_block = {"M": 16, "N": 128, "BLOCKS": 4, "SOME": some}
+        options = {"num_warps": 4, "num_stages": 3}
+        found += [
+            (few._score, {**shape, **of_block, "OPEN": open_}, options)
+            for shape in (ONE_HEAD, FOUR_HEADS)
+            for open_ in (False, True)
+        ]
+        constants = {"SOME": some, "DIGITS": 4, "BLOCK": 4096, "BINS": 256}
+        found += [(few._count, {**constants, "DIGIT": digit}, {"num_warps": 8}) for digit in range(4)]
+        found.append((few._set, constants, {"num_warps": 8}))
     for shape in (KL_ONE, KL_FOUR):
         once = {"RUNS": target.RUNS, "ROUNDED": True, "DIFFERENTIATES": True}
         for fixed in (False, True):
