@@ -107,6 +107,29 @@ def sample(
 
 
 @triton.jit
+def below_rank(samples, count, rank, P: tl.constexpr):
+    """What `bound` says of one query's `count` ≤ P samples."""
+    value = tl.full((), float("nan"), tl.float32)
+    place = tl.arange(0, P)
+    order = ordered(tl.load(samples + place, mask=place < count, other=float("-inf")))
+    finite = order > -2139095041  # that of −inf
+    reached = tl.sum(finite.to(tl.int32))
+    if reached >= rank:
+        high = tl.max(order)
+        low = tl.min(tl.where(finite, order, high))
+        above, turn, most = 0, 0, rank + rank // 16
+        while (reached > most) & (low < high):
+            middle = between_counts(low, high, reached, above, rank + rank // 32, turn)
+            here = tl.sum((order >= middle).to(tl.int32))
+            low, high, reached, above = narrowed(low, high, reached, above, middle, here, rank)
+            turn += 1
+        bits = low ^ ((low >> 31) & 0x7FFFFFFF)
+        value = (bits - tl.where(low < 0, -1, 1)).to(tl.float32, bitcast=True)  # the next number down
+        value = tl.where((low == 0) | (low == 1), -1e-30, value)
+    return value
+
+
+@triton.jit
 def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: tl.constexpr, P: tl.constexpr):
     """A number just below about the `rank`-th largest of a query's samples; NaN where there are fewer.
 
@@ -119,22 +142,10 @@ def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: 
     value = tl.full((), float("nan"), tl.float32)
     if rank > 0:
         count = tl.load(ends + batch * num_tiles + i // TILE)
-        place = tl.arange(0, P)
-        order = ordered(tl.load(samples + row * num_samples + place, mask=place < count, other=float("-inf")))
-        finite = order > -2139095041  # that of −inf
-        reached = tl.sum(finite.to(tl.int32))
-        if reached >= rank:
-            high = tl.max(order)
-            low = tl.min(tl.where(finite, order, high))
-            above, turn, most = 0, 0, rank + rank // 16
-            while (reached > most) & (low < high):
-                middle = between_counts(low, high, reached, above, rank + rank // 32, turn)
-                here = tl.sum((order >= middle).to(tl.int32))
-                low, high, reached, above = narrowed(low, high, reached, above, middle, here, rank)
-                turn += 1
-            bits = low ^ ((low >> 31) & 0x7FFFFFFF)
-            value = (bits - tl.where(low < 0, -1, 1)).to(tl.float32, bitcast=True)  # the next number down
-            value = tl.where((low == 0) | (low == 1), -1e-30, value)
+        if count <= P // 2:  # no work for what is not there
+            value = below_rank(samples + row * num_samples, count, rank, P // 2)
+        else:
+            value = below_rank(samples + row * num_samples, count, rank, P)
     tl.store(bounds + row, value)
 
 
