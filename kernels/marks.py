@@ -95,24 +95,30 @@ def _tanh(x):
 
 
 @gluon.constexpr_function
-def _append_asm(group):
-    """PTX of `_append`: the 16 values that a thread has of a query, two of each eight columns."""
-    stash, query, key, base, room = (f"${16 * i}" for i in range(3, 8))
+def _append_asm(group, half):
+    """PTX of `_append`: the 16 values that a thread has of a query, two of each eight columns.
+
+    Where they are of the product that makes them, it knows from its number: that takes no registers between products.
+    """
+    stash, block, base, room = (f"${16 * i}" for i in range(3, 7))
     lines = [
-        "{ .reg .pred p, two; .reg .b32 t, slot, mask, n, first, i, j, at, key, score, key2, score2;",
-        ".reg .b64 to;",
-        f"mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 slot, t, 4, {stash}; mad.lo.u32 at, {query}, 4, {stash};",
+        "{ .reg .pred p, two; .reg .f32 over; .reg .b32 t, slot, mask, n, first, i, j, at, key, score, key2, score2;",
+        ".reg .b32 query, column; .reg .b64 to;",
+        f"mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 slot, t, 4, {stash};",
+        "and.b32 query, t, 96; shr.u32 query, query, 1; bfe.u32 n, t, 2, 3; add.u32 query, query, n;",
+        f"add.u32 query, query, {8 * half}; mad.lo.u32 at, query, 4, {stash};",
+        f"and.b32 column, t, 3; mad.lo.u32 column, column, 2, {block};",
         "mov.b32 mask, 0; mov.b32 first, 0;",
     ]
     for i in range(8):  # the sign: 1 where a score is below the bound, 0 also for NaN
-        lines.append(f"mov.b32 n, ${32 + i}; shf.l.wrap.b32 mask, n, mask, 1;")
-        lines.append(f"mov.b32 n, ${40 + i}; shf.l.wrap.b32 first, n, first, 1;")
+        for j, bits in ((i, "mask"), (i + 8, "first")):
+            lines.append(f"sub.f32 over, ${16 + j}, $32; mov.b32 n, over; shf.l.wrap.b32 {bits}, n, {bits}, 1;")
     lines += [f"st.shared.f32 [slot + {group * 8192 + i * 512}], ${16 + i};" for i in range(16)]
     lines += [
         "mad.lo.u32 mask, mask, 256, first; not.b32 mask, mask; shl.b32 mask, mask, 16; popc.b32 n, mask;",
         f"atom.shared.add.u32 first, [at + {32768 + group % 2 * 256}], n; add.u32 n, n, first;",
         f"setp.gt.u32 p, n, {room}; selp.b32 mask, 0, mask, p;",  # too many: `counts` says so
-        f"mad.lo.u32 first, {query}, {room}, first; mad.wide.u32 to, first, 8, {base};",
+        f"mad.lo.u32 first, query, {room}, first; mad.wide.u32 to, first, 8, {base};",
         "setp.eq.u32 p, mask, 0; @p bra DONE;",
         # two at a time, so that one waits beside the other
         "MORE: bfind.shiftamt.u32 i, mask; shr.u32 t, 0x80000000, i; xor.b32 mask, mask, t;",
@@ -121,8 +127,8 @@ def _append_asm(group):
         "mad.lo.u32 score, i, 512, slot; mad.lo.u32 score2, j, 512, slot;",
         f"ld.shared.b32 score, [score + {group * 8192}]; @two ld.shared.b32 score2, [score2 + {group * 8192}];",
         # the column of value i is 4·i where i is even, and the one after where it is odd
-        f"and.b32 n, i, 1; mad.lo.u32 key, i, 4, {key}; mad.lo.s32 key, n, -3, key;",
-        f"and.b32 n, j, 1; mad.lo.u32 key2, j, 4, {key}; mad.lo.s32 key2, n, -3, key2;",
+        "and.b32 n, i, 1; mad.lo.u32 key, i, 4, column; mad.lo.s32 key, n, -3, key;",
+        "and.b32 n, j, 1; mad.lo.u32 key2, j, 4, column; mad.lo.s32 key2, n, -3, key2;",
         "st.global.v2.b32 [to], {key, score}; @two st.global.v2.b32 [to + 8], {key2, score2}; add.u64 to, to, 16;",
         "setp.ne.u32 p, mask, 0; @p bra MORE; DONE: }",
     ]
@@ -131,16 +137,16 @@ def _append_asm(group):
 
 @gluon.constexpr_function
 def _append_constraints():
-    return ",".join(["=r"] * 16 + ["f"] * 32 + ["r"] * 48 + ["l"] * 16 + ["r"] * 16)
+    return ",".join(["=r"] * 16 + ["f"] * 32 + ["r"] * 32 + ["l"] * 16 + ["r"] * 16)
 
 
 @gluon.jit
-def _append(scores, above, stash, query, key, base, room, GROUP: gl.constexpr):
-    """Write down scores [4, 8, BLOCK] and their keys where the sign of `above` is not negative, and count them."""
+def _append(scores, bound, stash, block, base, room, GROUP: gl.constexpr, HALF: gl.constexpr):
+    """Write down, and count, scores [4, 8, BLOCK] whose distance from `bound` has no sign; keys begin at `block`."""
     gl.inline_asm_elementwise(
-        _append_asm(GROUP),
+        _append_asm(GROUP, HALF),
         _append_constraints(),
-        [scores, above, stash, query, key, base, room],
+        [scores, bound, stash, block, base, room],
         gl.int32,
         is_pure=False,
         pack=16,
@@ -184,7 +190,7 @@ def _halves(x):
 def _scores(
     queries, keys, gates, offsets,
     SIDE: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    LAYOUT: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST."""
     nothing = gl.zeros([64, BLOCK], gl.float32, LAYOUT)
@@ -197,7 +203,10 @@ def _scores(
             total += gates[j]
         scores += total[:, None]
     for j in gl.static_range(HEADS):
-        product = warpgroup_mma(queries.index(zero + j).slice(SIDE * 64, 64), right, nothing, use_acc=False)
+        if HELD:
+            product = warpgroup_mma(queries, right, nothing, use_acc=False)
+        else:
+            product = warpgroup_mma(queries.index(zero + j).slice(SIDE * 64, 64), right, nothing, use_acc=False)
         if RAW:
             scores = product
         elif KIND == RELU:
@@ -279,16 +288,20 @@ def _compute(
         offsets = offsets + (offset,)
     padded = gl.num_programs(0) * 128
     base = marks.to(gl.int64) + (batch * padded + tile * 128 + SIDE * 64) * room * 8
-    like = gl.zeros([64, BLOCK], gl.int32, LAYOUT)
-    in_halves = _halves(in_side[:, None] + like)
-    columns = _halves(gl.arange(0, BLOCK, layout=COLUMN)[None, :] + like)
+    bounds_of = _halves(bound[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
     number, a, b = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
     c = gl.full([64], -1e30, gl.float32, ROW)
     stage, phase = gl.to_tensor(PART), gl.to_tensor(0)
+    start = gl.load(starts + row, mask=real, other=2147483647)
+    last = gl.load(lasts + row, mask=real, other=-1)
     mbarrier.wait(ready_q, 0)
+    HELD: gl.constexpr = HEADS == 1
+    left = queries
+    if HELD:
+        left = queries.index(0).slice(SIDE * 64, 64).load(gl.DotOperandLayout(0, LAYOUT, 2))
     for i in range(first + PART * BLOCK, end, PARTS * BLOCK):
         mbarrier.wait(ready_k.index(stage), phase)
-        scores = _scores(queries, keys.index(stage), gates, offsets, SIDE, KIND, HEADS, D, RAW, LAYOUT)
+        scores = _scores(left, keys.index(stage), gates, offsets, SIDE, KIND, HEADS, D, RAW, LAYOUT, HELD)
         mbarrier.arrive(empty_k.index(stage))
         stage += PARTS
         phase = gl.where(stage >= STAGES, phase ^ 1, phase)
@@ -297,17 +310,15 @@ def _compute(
             if SUM != NOTHING:
                 number, a, b, c = _sum(scores, scores, scores, number, a, b, c, tau, threshold, SUM, False)
         else:
-            start = gl.load(starts + row, mask=real, other=2147483647)
-            last = gl.load(lasts + row, mask=real, other=-1)
             at = i + gl.arange(0, BLOCK, layout=COLUMN)[None, :]
             visible = (at >= start[:, None]) & (at <= last[:, None])
             forced = visible & ((at > last[:, None] - local) | (at < start[:, None] + sink))
             if SUM != NOTHING:
                 number, a, b, c = _sum(scores, visible, forced, number, a, b, c, tau, threshold, SUM, True)
             scores = gl.where(forced, FORCED, gl.where(visible, scores, float("-inf")))
-        values, above = _halves(scores), _halves(scores - bound[:, None])
+        values = _halves(scores)
         for j in gl.static_range(2):
-            _append(values[j], above[j], stash, in_halves[j], i + columns[j], base, room, GROUP)
+            _append(values[j], bounds_of[j], stash, i, base, room, GROUP, j)
     mbarrier.arrive(done.index(SIDE))
     if PART == 0:
         mbarrier.wait(done.index(SIDE), 0)
