@@ -86,7 +86,8 @@ def choose_few(
     constants = {"SOME": places is not None, "DIGITS": DIGITS, "BLOCK": BLOCK, "BINS": BINS}
     for digit in range(DIGITS):
         _count[grid](*common, starts.shape[1], num_keys, DIGIT=digit, num_warps=8, **constants)
-    _set[grid](*common, words, word_stride, starts.shape[1], num_keys, num_warps=8, **constants)
+    registers = {"num_warps": 8, "maxnreg": 96}  # ptxas then makes do with 84; left to itself it spills some at 80
+    _set[grid](*common, words, word_stride, starts.shape[1], num_keys, **registers, **constants)
 
 
 @triton.jit
@@ -124,20 +125,21 @@ def _score(
 
 
 @triton.jit
-def query_of(places, starts, lasts, num_rows, SOME: tl.constexpr):
-    """Which of the few a program works for, its place and its row among all queries, and between what keys it sees."""
+def query_of(places, lasts, num_rows, SOME: tl.constexpr):
+    """Which of the few a program works for, its place and row among all queries, and its last key, or −1."""
     batch = tl.program_id(2).to(tl.int64)
     i = tl.program_id(1)
     slot = batch * tl.num_programs(1) + i
     if SOME:
         i = tl.load(places + slot)
-    row = batch * num_rows + i
-    return slot, i, row, tl.load(starts + row, mask=i >= 0, other=0), tl.load(lasts + row, mask=i >= 0, other=-1)
+    row = batch * num_rows + tl.maximum(i, 0)
+    return slot, i, row, tl.load(lasts + row, mask=i >= 0, other=-1)
 
 
 @triton.jit
-def orders(values, start, last, local, sink, slot, key, num_keys):
+def orders(values, starts, lasts, local, sink, slot, row, key, num_keys):
     """`ordered` scores of a query's keys, forced ones highest; those that it does not see are −2³¹."""
+    start, last = tl.load(starts + row), tl.load(lasts + row)
     seen = (key >= start) & (key <= last) & (key < num_keys)
     order = tl.load(values + slot * num_keys + key, mask=seen, other=-2147483648)
     forced = (key > last - local) | (key < start + sink)
@@ -146,9 +148,9 @@ def orders(values, start, last, local, sink, slot, key, num_keys):
 
 
 @triton.jit
-def number(wanted, start, last, local, sink, k_min, k_max, row):
+def number(wanted, starts, lasts, local, sink, k_min, k_max, row):
     """How many keys a query chooses."""
-    available = tl.maximum(last - start + 1, 0)
+    available = tl.maximum(tl.load(lasts + row) - tl.load(starts + row) + 1, 0)
     return number_kept(tl.load(wanted + row), available, local, sink, k_min, k_max)
 
 
@@ -175,12 +177,12 @@ def _count(
     SOME: tl.constexpr, DIGIT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one digit, over the numbers whose earlier digits are those of the wanted one."""
-    slot, i, row, start, last = query_of(places, starts, lasts, num_rows, SOME)
+    slot, i, row, end = query_of(places, lasts, num_rows, SOME)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK <= last:
-        order = orders(values, start, last, local, sink, slot, key, num_keys)
+    if tl.program_id(0) * BLOCK <= end:
+        order = orders(values, starts, lasts, local, sink, slot, row, key, num_keys)
         here = order != -2147483648
-        want = number(wanted, start, last, local, sink, k_min, k_max, row)
+        want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
         for digit in tl.static_range(DIGIT):
             mine, want, _ = found(counts, slot, want, digit, DIGITS, BINS)
             here = here & (digit_of(order, digit) == mine)
@@ -195,25 +197,24 @@ def _set(
     SOME: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Bits of the numbers above the wanted one, and of those equal to it the earliest as long as there is room."""
-    slot, i, row, start, last = query_of(places, starts, lasts, num_rows, SOME)
+    slot, i, row, end = query_of(places, lasts, num_rows, SOME)
+    want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
     first = tl.program_id(0) * BLOCK
-    if first <= last:
-        want = number(wanted, start, last, local, sink, k_min, k_max, row)
-        if want > 0:
-            least = tl.full((), 0, tl.int32)
-            equals = tl.full((), 0, tl.int32)
-            for digit in tl.static_range(DIGITS):
-                mine, want, equals = found(counts, slot, want, digit, DIGITS, BINS)
-                least = (least << 8) | mine
-            least = least ^ -2147483648
-            key = first + tl.arange(0, BLOCK)
-            order = orders(values, start, last, local, sink, slot, key, num_keys)
-            equal = order == least
-            if equals > want:  # then earlier blocks may have taken some
-                for at in range(0, first, BLOCK):
-                    earlier = orders(values, start, last, local, sink, slot, at + tl.arange(0, BLOCK), num_keys)
-                    want -= tl.sum((earlier == least).to(tl.int32))
-            chosen = (order > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= want))
-            bit = tl.full((BLOCK,), 1, tl.int32) << (i % 32)
-            word_row = tl.program_id(2).to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
-            tl.atomic_or(words + word_row + key, bit, mask=chosen, sem="relaxed")
+    if (first <= end) & (want > 0):
+        least = tl.full((), 0, tl.int32)
+        equals = tl.full((), 0, tl.int32)
+        for digit in tl.static_range(DIGITS):
+            mine, want, equals = found(counts, slot, want, digit, DIGITS, BINS)
+            least = (least << 8) | mine
+        least = least ^ -2147483648
+        key = first + tl.arange(0, BLOCK)
+        order = orders(values, starts, lasts, local, sink, slot, row, key, num_keys)
+        equal = order == least
+        if equals > want:  # then earlier blocks may have taken some
+            for at in range(0, first, BLOCK):
+                earlier = orders(values, starts, lasts, local, sink, slot, row, at + tl.arange(0, BLOCK), num_keys)
+                want -= tl.sum((earlier == least).to(tl.int32))
+        chosen = (order > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= want))
+        bit = tl.full((BLOCK,), 1, tl.int32) << (i % 32)
+        word_row = tl.program_id(2).to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
+        tl.atomic_or(words + word_row + key, bit, mask=chosen, sem="relaxed")

@@ -102,7 +102,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         ]
         constants = {"SOME": some, "DIGITS": 4, "BLOCK": 4096, "BINS": 256}
         found += [(few._count, {**constants, "DIGIT": digit}, {"num_warps": 8}) for digit in range(4)]
-        found.append((few._set, constants, {"num_warps": 8}))
+        found.append((few._set, constants, {"num_warps": 8, "maxnreg": 96}))
     for shape in (KL_ONE, KL_FOUR):
         once = {"RUNS": target.RUNS, "ROUNDED": True, "DIFFERENTIATES": True}
         for fixed in (False, True):

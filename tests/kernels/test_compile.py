@@ -10,7 +10,7 @@ import pytest
 # what still spills, owed: kernels by compute capability
 SPILLING = {
     80: ("kernels.scan.mark",),
-    89: ("kernels.few._set", "kernels.scan.mark"),
+    89: ("kernels.scan.mark",),
     90: ("kernels.marks.mark",),
     100: ("kernels.scan.mark",),
 }
