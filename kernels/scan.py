@@ -3,7 +3,7 @@
 A query's k best of S scores are found in these steps, after `prepare` has said of each query what it may see and
 wants:
 
-1. `sample` scores every n-th key, and from these `bound` takes a number that, but for a chance in 10⁶, at least k and
+1. `sample` scores every n-th key, and from these `bound` takes a number that, for all but a few queries, at least k and
    not many more of all scores exceed;
 2. `mark` scores every key and writes those down that exceed their query's bound: few enough to be written. It also
    makes the sums that a controller wants. On sm_90 `kernels.marks` does so;
