@@ -295,7 +295,7 @@ def _compute(
     start = gl.load(starts + row, mask=real, other=2147483647)
     last = gl.load(lasts + row, mask=real, other=-1)
     mbarrier.wait(ready_q, 0)
-    HELD: gl.constexpr = HEADS == 1
+    HELD: gl.constexpr = HEADS == 1  # in registers, for which several heads have no room
     left = queries
     if HELD:
         left = queries.index(0).slice(SIDE * 64, 64).load(gl.DotOperandLayout(0, LAYOUT, 2))
