@@ -190,9 +190,9 @@ def _halves(x):
 def _scores(
     queries, keys, gates, offsets,
     SIDE: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
-    LAYOUT: gl.constexpr, HELD: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST."""
+    """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST. Of one head, queries are at hand."""
     nothing = gl.zeros([64, BLOCK], gl.float32, LAYOUT)
     zero = unknown_zero(gl.to_tensor(0))
     right = keys.permute((1, 0))
@@ -203,7 +203,7 @@ def _scores(
             total += gates[j]
         scores += total[:, None]
     for j in gl.static_range(HEADS):
-        if HELD:
+        if HEADS == 1:
             product = warpgroup_mma(queries, right, nothing, use_acc=False)
         else:
             product = warpgroup_mma(queries.index(zero + j).slice(SIDE * 64, 64), right, nothing, use_acc=False)
@@ -295,13 +295,12 @@ def _compute(
     start = gl.load(starts + row, mask=real, other=2147483647)
     last = gl.load(lasts + row, mask=real, other=-1)
     mbarrier.wait(ready_q, 0)
-    HELD: gl.constexpr = HEADS == 1  # in registers, for which several heads have no room
     left = queries
-    if HELD:
+    if HEADS == 1:  # in registers, where several heads have no room
         left = queries.index(0).slice(SIDE * 64, 64).load(gl.DotOperandLayout(0, LAYOUT, 2))
     for i in range(first + PART * BLOCK, end, PARTS * BLOCK):
         mbarrier.wait(ready_k.index(stage), phase)
-        scores = _scores(left, keys.index(stage), gates, offsets, SIDE, KIND, HEADS, D, RAW, LAYOUT, HELD)
+        scores = _scores(left, keys.index(stage), gates, offsets, SIDE, KIND, HEADS, D, RAW, LAYOUT)
         mbarrier.arrive(empty_k.index(stage))
         stage += PARTS
         phase = gl.where(stage >= STAGES, phase ^ 1, phase)
