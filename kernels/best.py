@@ -18,9 +18,9 @@ from kernels.words import WORD, pack, unpack
 
 SAMPLES = 4096  # of a query at most
 SURE = 6  # deviations that one 128K forward in 700 exceeds
-# A bound is so many deviations lower than the samples say. From as many keys on, where a mark less of each query gains
-# more than it costs to find one in a thousand among all keys again, it is less, and so many of a row are found by
-# `kernels.few`.
+# A bound is so many deviations lower than the samples say, and a ceiling as many higher. From as many keys on, where a
+# mark less of each query gains more than it costs to find two in a thousand among all keys again, it is less, and so
+# many of a row are found by `kernels.few`.
 LIKELY, MANY, PLACES = (1, 64, 4) if INTERPRET else (3, 2**16, 256)
 MARKS = 3 * 2**29  # bytes of marks that exist at one time
 PAIRS = 2**30  # of queries and keys whose scores the definition has at hand
@@ -150,7 +150,8 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     scores, asked, reference, rule, most, candidates = task
     batch, rows, heads, size = scores.q.shape
     num_keys, device = scores.k.shape[1], words.device
-    plan, listed, given = Sampling.of(most, num_keys), candidates is not None, rule.controller == "given"
+    listed, given = candidates is not None, rule.controller == "given"
+    plan = Sampling.of(most, num_keys, given)
     samples = triton.cdiv(num_keys, plan.stride)
     launch = Launch.of(scores, rule, listed, plan)
     forced = (rule.local_window, rule.sink_tokens)
@@ -159,7 +160,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         step = min(step, queries_at_once(batch, num_keys) // marks.TILE * marks.TILE or marks.TILE)
 
     # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
-    starts, lasts, wanted, ranks, ends, walks = _prepared(asked, rule, most, plan)
+    starts, lasts, wanted, ranks, tops, ceilings, ends, walks = _prepared(asked, rule, most, plan)
     scores = scores._replace(k=scores.k.contiguous())
     for part in _parts(rows, step):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
@@ -171,6 +172,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             lists = unions(open_, ends[:, in_words].contiguous(), WORD, num_keys)
         capacity = lists[0].shape[2] if listed else 0
         inputs = _inputs(scores.rows(part), starts[:, part], lasts[:, part])
+        highest = ceilings[:, part].contiguous()
         bounds = torch.full((batch, count), math.nan, dtype=torch.float32, device=device)
         if num_keys > plan.room:
             sampled = torch.empty(batch, count, samples, dtype=torch.float32, device=device)
@@ -179,24 +181,25 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
                 *inputs, *lists, sampled, lengths, count, num_keys, capacity, plan.stride, samples, **launch.sample
             )
             scan.bound[(count, batch)](
-                sampled, lengths, ranks[:, part].contiguous(), bounds, count, samples, grid[0], TILE=WORD,
-                P=triton.next_power_of_2(samples), num_warps=2,
+                sampled, lengths, ranks[:, part].contiguous(), tops[:, part].contiguous(), bounds, highest, count,
+                samples, grid[0], TILE=WORD, P=triton.next_power_of_2(samples), num_warps=2,
             )  # fmt: skip
             del sampled
         tiles = triton.cdiv(count, marks.TILE)
         padded = tiles * marks.TILE
         marked = torch.empty(batch, padded, plan.room, dtype=torch.int64, device=device)
-        counts = torch.empty(batch, padded, dtype=torch.int32, device=device)
+        counts, sures = torch.empty(2, batch, padded, dtype=torch.int32, device=device)
         numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
         found = torch.empty(batch, count, dtype=torch.float32, device=device)
         controls = (plan.room, rule.tau, rule.threshold)
         if launch.roles:
             of_part = walks[:, part.start // marks.TILE :][:, :tiles].contiguous()
-            marks.mark_tiles(inputs, of_part, bounds, marked, counts, found, forced, controls, launch.roles)
+            written = (chosen, words.stride(0), marked, counts, sures, found)
+            marks.mark_tiles(inputs, of_part, bounds, highest, written, forced, controls, launch.roles)
         else:
             scan.mark[(grid[0], batch)](
-                *inputs, *lists, bounds, marked, counts, numbers, found, *forced, count, padded, num_keys, capacity,
-                *controls, SUM=scan.SUMS[rule.controller], **launch.mark,
+                *inputs, *lists, bounds, highest, chosen, words.stride(0), marked, counts, sures, numbers, found,
+                *forced, count, padded, num_keys, capacity, *controls, SUM=scan.SUMS[rule.controller], **launch.mark,
             )  # fmt: skip
         want = wanted[:, part].contiguous()
         if not given or listed:
@@ -207,7 +210,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
 
         states = torch.empty_like(numbers)
         marked = marked.view(torch.int32)  # pairs of key and score
-        best_of = (marked, counts, want, chosen, words.stride(0), states, count, padded, num_keys, plan.room)
+        best_of = (marked, counts, sures, want, chosen, words.stride(0), states, count, padded, num_keys, plan.room)
         choose.choose[(count, batch)](*best_of, **launch.choose)
         if plan.room > launch.choose["P"] + launch.choose["REST"]:
             long: Options = {"ROWS": 32, "P": 16 if INTERPRET else 1024, "num_warps": 4}
@@ -228,20 +231,22 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
 
 
 def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Tensor, ...]:
-    """In int32: starts, lasts, how many keys are wanted, at most or as `given`, and the rank of the bound among the
-    samples, 0 for none, all [B, R]; the first key [B, ⌈R/32⌉] that no query of a word sees, nor any later one; and
-    [B, ⌈R/128⌉, 4] of tiles: where their walks begin and end, and between which keys all may choose and none must."""
+    """In int32: starts, lasts, how many keys are wanted, at most or as `given`, and the ranks of the bound and of the
+    ceiling among the samples, 0 for none, all [B, R]; ceilings without samples, [B, R] fp32; the first key [B, ⌈R/32⌉]
+    that no query of a word sees, nor any later one; and [B, ⌈R/128⌉, 4] of tiles: where their walks begin and end, and
+    between which keys all may choose and none must."""
     batch, rows = asked.lasts.shape
     given = [x if x.stride(1) == 1 else x.contiguous() for x in (asked.starts, asked.lasts, asked.wanted)]
-    found = torch.empty(4, batch, rows, dtype=torch.int32, device=asked.lasts.device)
+    found = torch.empty(5, batch, rows, dtype=torch.int32, device=asked.lasts.device)
+    ceilings = torch.empty(batch, rows, dtype=torch.float32, device=found.device)
     ends = torch.empty(batch, triton.cdiv(rows, WORD), dtype=torch.int32, device=found.device)
     walks = torch.empty(batch, triton.cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
     scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
-        *given, *found, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
+        *given, *found, ceilings, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
         rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=plan.sigmas,
         GIVEN=rule.controller == "given", BLOCK=8 * WORD,
     )  # fmt: skip
-    return *found, ends, walks
+    return *found, ceilings, ends, walks
 
 
 def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
@@ -315,7 +320,8 @@ class Launch(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How a bound is taken: from every `stride`-th key, so that at most `room` keys of a query exceed it."""
+    """How a bound is taken, and a ceiling where numbers are `given`: from every `stride`-th key, so that at most `room`
+    keys of a query are between them."""
 
     stride: int
     sigmas: int
@@ -324,10 +330,12 @@ class Sampling(NamedTuple):
     places: int  # for queries of a row whose bounds fail
 
     @classmethod
-    def of(cls, most: int, num_keys: int) -> "Sampling":
+    def of(cls, most: int, num_keys: int, given: bool) -> "Sampling":
         stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
         sigmas, places = (LIKELY, PLACES) if num_keys >= MANY else (SURE, 0)
-        rank = most / stride + sigmas * math.sqrt(most / stride) + 2
-        rank *= 17 / 16  # what `scan.bound` allows itself
-        room = max(math.ceil(stride * (rank + SURE * math.sqrt(rank))), 64)
-        return cls(stride, sigmas, math.ceil(stride * rank), min(room, num_keys), places)
+        spread = sigmas * math.sqrt(most / stride) + 2
+        between = (most / stride + spread) * 17 / 16  # what `scan.bound` allows itself
+        if given:
+            between -= max(most / stride - spread - 1, 0) * 15 / 16
+        room = max(math.ceil(stride * (between + SURE * math.sqrt(between))), 64)
+        return cls(stride, sigmas, math.ceil(stride * between), min(room, num_keys), places)

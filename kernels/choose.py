@@ -1,10 +1,12 @@
 """The best of the keys that `kernels.scan` marked: from lists of more than enough keys to words of the chosen ones.
 
+The bits of keys that reach a query's ceiling are set already; as many less of the marks are chosen.
+
 1. `choose` closes in on the k-th of a query's marks, and of equal scores takes the earlier keys';
 2. `choose_long` does so where there are more marks than a program holds;
-3. queries whose bound was too high or marked too much are found among all keys: as many as `single_out` has places
-   for by `kernels.few`, the rest by `search`, which bisects and scores all keys in every step: slow, seldom, and right
-   whatever the scores are.
+3. queries whose bound was too high or marked too much, or whose ceiling was too low, are found among all keys: as many
+   as `single_out` has places for by `kernels.few`, the rest by `search`, which bisects and scores all keys in every
+   step: slow, seldom, and right whatever the scores are.
 """
 
 import triton
@@ -67,19 +69,19 @@ def set_earlier(marks, count, least, some, word_row, bit, num_keys, P: tl.conste
 
 @triton.jit
 def choose(
-    marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
+    marks, counts, sures, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
     P: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Set the bits of a query's `wanted` best marks where they are all at hand; `states` says whether.
 
-    DONE; or LONG: there are more than P + REST marks; or SHORT: too few, or more than there was room for. Most queries
-    have no more than P.
+    DONE; or LONG: there are more than P + REST marks; or SHORT: too few, or more than there was room for, or more keys
+    are chosen for sure than are wanted. Most queries have no more than P.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
     list_ = batch.to(tl.int64) * padded + i
-    count, want = tl.load(counts + list_), tl.load(wanted + row)
-    state = tl.where((count > room) | (count < want), SHORT, tl.where(count > P + REST, LONG, DONE))
+    count, want = tl.load(counts + list_), tl.load(wanted + row) - tl.load(sures + list_)
+    state = tl.where((count > room) | (count < want) | (want < 0), SHORT, tl.where(count > P + REST, LONG, DONE))
     if (state == DONE) & (want > 0):
         of_row, place, more = marks + 2 * list_ * room, tl.arange(0, P), count > P
         beyond_place = P + tl.arange(0, REST)
@@ -114,7 +116,7 @@ def choose(
 
 @triton.jit
 def choose_long(
-    marks, counts, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
+    marks, counts, sures, wanted, words, word_stride, states, num_rows, padded, num_keys, room,
     ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """`choose` for queries it left LONG, ROWS to a program: any number of marks, P at a time."""
@@ -127,7 +129,7 @@ def choose_long(
         i = first + j
         row = batch * num_rows + i
         list_ = batch * padded + i
-        count, want = tl.load(counts + list_), tl.load(wanted + row)
+        count, want = tl.load(counts + list_), tl.load(wanted + row) - tl.load(sures + list_)
         if (tl.load(states + row) == LONG) & (want > 0):
             of_row, place = marks + 2 * list_ * room, tl.arange(0, P)
             low, high = tl.full((), -2147483647, tl.int32), tl.full((), 2147483647, tl.int32)
@@ -170,7 +172,7 @@ def search(
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Set the bits for the queries that are SHORT, from all keys.
+    """Set and clear the bits of the queries that are SHORT, from all keys.
 
     The first two steps look at a query's bound: where many scores are equal, it is mostly these that it lies below.
     Else the k-th is near it: the next steps move away from it, four times as far each time, until the k-th is between.
@@ -228,4 +230,6 @@ def search(
             taken += tl.sum(tied.to(tl.int32), 0)
             chosen = visible & ((order > low[None, :]) | (tied & (rank <= some[None, :])))
             bits = tl.sum(tl.where(chosen, value[None, :], 0), 1)
-            tl.atomic_or(word_row + key, bits, mask=inside, sem="relaxed")
+            word = tl.load(word_row + key, mask=inside, other=0)  # what `mark` was sure of
+            other = (word & tl.sum(value)) ^ bits
+            tl.atomic_xor(word_row + key, other, mask=other != 0, sem="relaxed")

@@ -67,7 +67,7 @@ def choose_few(
     values: Tensor, starts: Tensor, lasts: Tensor, wanted: Tensor, limits: Limits, words: Tensor, word_stride: int,
     places: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Set the bits of each of the few's `wanted` [B, R] best keys in `words` [B, ⌈R/32⌉, S], where theirs are 0.
+    """Set the bits of each of the few's `wanted` [B, R] best keys in `words` [B, ⌈R/32⌉, S], and clear their others.
 
     Args:
         values: [B, N, S] int32, `scores_of_few`.
@@ -196,7 +196,9 @@ def _set(
     values, starts, lasts, wanted, places, local, sink, k_min, k_max, counts, words, word_stride, num_rows, num_keys,
     SOME: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the numbers above the wanted one, and of those equal to it the earliest as long as there is room."""
+    """Bits of the numbers above the wanted one, and of those equal to it the earliest as long as there is room.
+
+    Where SOME are of many, bits may be set that are not theirs; those of keys that they do not see are not."""
     slot, i, row, end = query_of(places, lasts, num_rows, SOME)
     want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
     first = tl.program_id(0) * BLOCK
@@ -216,5 +218,7 @@ def _set(
                 want -= tl.sum((earlier == least).to(tl.int32))
         chosen = (order > least) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= want))
         bit = tl.full((BLOCK,), 1, tl.int32) << (i % 32)
-        word_row = tl.program_id(2).to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys
-        tl.atomic_or(words + word_row + key, bit, mask=chosen, sem="relaxed")
+        word = words + tl.program_id(2).to(tl.int64) * word_stride + (i // 32).to(tl.int64) * num_keys + key
+        if SOME:
+            chosen = chosen != ((tl.load(word, mask=key <= end, other=0) & bit) != 0)
+        tl.atomic_xor(word, bit, mask=chosen, sem="relaxed")

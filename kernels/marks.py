@@ -45,19 +45,28 @@ def mark_tiles(
     inputs: tuple[Tensor, ...],
     walks: Tensor,
     bounds: Tensor,
-    marked: Tensor,
-    counts: Tensor,
-    sums: Tensor,
+    ceilings: Tensor,
+    written: tuple[Tensor, int, Tensor, Tensor, Tensor, Tensor],
     forced: tuple[int, int],
     controls: tuple[int, float, float],
     options: dict[str, int | bool],
 ) -> None:
-    """Launch `mark` for what `kernels.best` has at hand; `forced` are local window and sink tokens."""
+    """Launch `mark` for what `kernels.best` has at hand.
+
+    Args:
+        inputs: of scores.
+        walks: of tiles.
+        bounds: see `kernels.scan`, and so are `ceilings`.
+        written: words and the stride of their rows; marks, counts, sures and sums.
+        forced: local window and sink tokens.
+        controls: room, tau and threshold.
+        options: how `mark` is launched.
+    """
     q, k, weights, biases, starts, lasts = inputs
     stages = held_blocks(q.shape[2] * q.shape[3], q.shape[3])
     queries, keys = rows_of(q, TILE), rows_of(k[:, :, None], BLOCK.value)
     mark[(walks.shape[1], len(q))](
-        queries, keys, weights, biases, starts, lasts, walks, bounds, marked, counts, sums, *controls, q.shape[1],
+        queries, keys, weights, biases, starts, lasts, walks, bounds, ceilings, *written, *controls, q.shape[1],
         k.shape[1], *forced, STAGES=stages, **options,
     )  # fmt: skip
 
@@ -99,8 +108,9 @@ def _append_asm(group, half):
     """PTX of `_append`: the 16 values that a thread has of a query, two of each eight columns.
 
     Where they are of the product that makes them, it knows from its number: that takes no registers between products.
+    Value 2b + o, of column 8b + o, has bits 16·o + 2b and the one above it in a word, and place 8·o + b in the stash.
     """
-    stash, block, base, room = (f"${16 * i}" for i in range(3, 7))
+    scale, shift, stash, block, base, room = (f"${16 * i}" for i in range(2, 8))
     lines = [
         "{ .reg .pred p, two; .reg .f32 over; .reg .b32 t, slot, mask, n, first, i, j, at, key, score, key2, score2;",
         ".reg .b32 query, column; .reg .b64 to;",
@@ -110,25 +120,29 @@ def _append_asm(group, half):
         f"and.b32 column, t, 3; mad.lo.u32 column, column, 2, {block};",
         "mov.b32 mask, 0; mov.b32 first, 0;",
     ]
-    for i in range(8):  # the sign: 1 where a score is below the bound, 0 also for NaN
-        for j, bits in ((i, "mask"), (i + 8, "first")):
-            lines.append(f"sub.f32 over, ${16 + j}, $32; mov.b32 n, over; shf.l.wrap.b32 {bits}, n, {bits}, 1;")
-    lines += [f"st.shared.f32 [slot + {group * 8192 + i * 512}], ${16 + i};" for i in range(16)]
+    # Below the bound the sign is 1; from the ceiling on numbers are 2 or more, NaN too, and have the bit after it.
+    for b in reversed(range(8)):
+        for o, bits in ((0, "mask"), (1, "first")):
+            lines.append(f"fma.rn.f32 over, ${16 + 2 * b + o}, {scale}, {shift};")
+            lines.append(f"mov.b32 n, over; shf.l.wrap.b32 {bits}, n, {bits}, 2;")
+    lines += [f"st.shared.f32 [slot + {group * 8192 + (i % 2 * 8 + i // 2) * 512}], ${16 + i};" for i in range(16)]
+    counts = 32768 + group % 2 * 256
     lines += [
-        "mad.lo.u32 mask, mask, 256, first; not.b32 mask, mask; shl.b32 mask, mask, 16; popc.b32 n, mask;",
-        f"atom.shared.add.u32 first, [at + {32768 + group % 2 * 256}], n; add.u32 n, n, first;",
+        "mad.lo.u32 mask, first, 65536, mask; shr.u32 n, mask, 1;",
+        "lop3.b32 $0, mask, n, 0x55555555, 0x20;",  # a & ~b & c
+        "lop3.b32 mask, mask, n, 0x55555555, 0x02;",  # ~a & ~b & c
+        f"popc.b32 n, $0; setp.ne.u32 p, n, 0; @p red.shared.add.u32 [at + {counts + 512}], n;",
+        f"popc.b32 n, mask; atom.shared.add.u32 first, [at + {counts}], n; add.u32 n, n, first;",
         f"setp.gt.u32 p, n, {room}; selp.b32 mask, 0, mask, p;",  # too many: `counts` says so
         f"mad.lo.u32 first, query, {room}, first; mad.wide.u32 to, first, 8, {base};",
         "setp.eq.u32 p, mask, 0; @p bra DONE;",
         # two at a time, so that one waits beside the other
-        "MORE: bfind.shiftamt.u32 i, mask; shr.u32 t, 0x80000000, i; xor.b32 mask, mask, t;",
-        "setp.ne.u32 two, mask, 0; bfind.shiftamt.u32 j, mask; shr.u32 t, 0x80000000, j; not.b32 t, t;",
-        "and.b32 mask, mask, t;",
-        "mad.lo.u32 score, i, 512, slot; mad.lo.u32 score2, j, 512, slot;",
+        "MORE: bfind.u32 i, mask; shl.b32 t, 1, i; xor.b32 mask, mask, t;",
+        "setp.ne.u32 two, mask, 0; bfind.u32 j, mask; shl.b32 t, 1, j; not.b32 t, t; and.b32 mask, mask, t;",
+        "mad.lo.u32 score, i, 256, slot; mad.lo.u32 score2, j, 256, slot;",
         f"ld.shared.b32 score, [score + {group * 8192}]; @two ld.shared.b32 score2, [score2 + {group * 8192}];",
-        # the column of value i is 4·i where i is even, and the one after where it is odd
-        "and.b32 n, i, 1; mad.lo.u32 key, i, 4, column; mad.lo.s32 key, n, -3, key;",
-        "and.b32 n, j, 1; mad.lo.u32 key2, j, 4, column; mad.lo.s32 key2, n, -3, key2;",
+        "and.b32 n, i, 14; mad.lo.u32 key, n, 4, column; shr.u32 n, i, 4; add.u32 key, key, n;",
+        "and.b32 n, j, 14; mad.lo.u32 key2, n, 4, column; shr.u32 n, j, 4; add.u32 key2, key2, n;",
         "st.global.v2.b32 [to], {key, score}; @two st.global.v2.b32 [to + 8], {key2, score2}; add.u64 to, to, 16;",
         "setp.ne.u32 p, mask, 0; @p bra MORE; DONE: }",
     ]
@@ -137,16 +151,72 @@ def _append_asm(group, half):
 
 @gluon.constexpr_function
 def _append_constraints():
-    return ",".join(["=r"] * 16 + ["f"] * 32 + ["r"] * 32 + ["l"] * 16 + ["r"] * 16)
+    return ",".join(["=&r"] * 16 + ["f"] * 48 + ["r"] * 32 + ["l"] * 16 + ["r"] * 16)
 
 
 @gluon.jit
-def _append(scores, bound, stash, block, base, room, GROUP: gl.constexpr, HALF: gl.constexpr):
-    """Write down, and count, scores [4, 8, BLOCK] whose distance from `bound` has no sign; keys begin at `block`."""
-    gl.inline_asm_elementwise(
+def _append(scores, scale, shift, stash, block, base, room, GROUP: gl.constexpr, HALF: gl.constexpr):
+    """Write down, and count, scores [4, 8, BLOCK] of which scale · score + shift is in [0, 2); keys begin at `block`.
+
+    Returns for a thread's first value which of its 16 are 2 or more, and nothing for the others.
+    """
+    return gl.inline_asm_elementwise(
         _append_asm(GROUP, HALF),
         _append_constraints(),
-        [scores, bound, stash, block, base, room],
+        [scores, scale, shift, stash, block, base, room],
+        gl.int32,
+        is_pure=False,
+        pack=16,
+    )
+
+
+@gluon.constexpr_function
+def _set_asm():
+    """PTX of `_set`. Bits of a thread's two queries are put beside each other, those of one column after those of
+    the next; then the eight threads that have the same columns exchange bits, until each has those of 16 queries for
+    two columns that are neighbours."""
+    first, second, block, end, real, base, num_keys = (f"${16 * i}" for i in range(1, 8))
+    lines = [
+        "{ .reg .pred p; .reg .b32 t, x, y, n, keep, key, warp; .reg .b64 to;",
+        f"shl.b32 x, {second}, 1; or.b32 x, x, {first};",
+    ]
+    # bit 16·o + 2b + h, of query 8h + r, becomes 16·o + 8h + b
+    for distance, mask in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0)):
+        lines.append(f"shr.u32 t, x, {distance}; lop3.b32 t, t, x, {mask}, 0x28;")  # (a ^ b) & c
+        lines.append(f"shl.b32 y, t, {distance}; lop3.b32 x, x, t, y, 0x96;")  # a ^ b ^ c
+    lines.append("mov.u32 n, %tid.x;")
+    # and then 16·o + 8h + r, of column 8b + o, where b is this thread's r
+    for lane, distance, mask in ((16, 4, 0x0F0F0F0F), (8, 2, 0x33333333), (4, 1, 0x55555555)):
+        lines.append(f"shfl.sync.bfly.b32 y, x, {lane}, 31, 0xFFFFFFFF;")
+        lines.append(f"and.b32 t, n, {lane}; setp.ne.u32 p, t, 0; selp.b32 t, {32 - distance}, {distance}, p;")
+        lines.append(f"shf.l.wrap.b32 y, y, y, t; selp.b32 keep, {~mask & 0xFFFFFFFF}, {mask}, p;")
+        lines.append("lop3.b32 x, x, y, keep, 0xE4;")  # (a & c) | (b & ~c)
+    lines += [
+        "bfe.u32 warp, n, 5, 2; bfe.u32 key, n, 2, 3; and.b32 n, n, 3;",
+        f"mad.lo.u32 key, key, 8, {block}; mad.lo.u32 key, n, 2, key;",
+        f"shr.u32 t, warp, 1; mad.lo.u32 t, t, {num_keys}, key; mad.wide.u32 to, t, 4, {base};",
+        "and.b32 t, warp, 1; mad.wide.u32 to, t, 2, to;",
+        f"mul.lo.u32 t, warp, 16; setp.lt.s32 p, t, {real}; selp.b32 n, {end}, 0, p;",
+        "setp.lt.u32 p, key, n; and.b32 t, x, 0xFFFF; setp.ne.and.u32 p, t, 0, p; @p st.global.u16 [to], t;",
+        "add.u32 key, key, 1;",
+        "setp.lt.u32 p, key, n; shr.u32 t, x, 16; setp.ne.and.u32 p, t, 0, p; @p st.global.u16 [to + 4], t;",
+        "mov.b32 $0, 0; }",
+    ]
+    return " ".join(lines)
+
+
+@gluon.constexpr_function
+def _set_constraints():
+    return ",".join(["=&r"] * 16 + ["r"] * 80 + ["l"] * 16 + ["r"] * 16)
+
+
+@gluon.jit
+def _set(first, second, block, end, real, base, num_keys):
+    """Set bits of 64 queries, of which `real` are, in the two words from `base` on; keys are from `block` to `end`."""
+    gl.inline_asm_elementwise(
+        _set_asm(),
+        _set_constraints(),
+        [first, second, block, end, real, base, num_keys],
         gl.int32,
         is_pure=False,
         pack=16,
@@ -155,7 +225,8 @@ def _append(scores, bound, stash, block, base, room, GROUP: gl.constexpr, HALF: 
 
 @gluon.jit
 def _stash(zero):
-    """The address of shared memory beside the compiler's: 8 KiB of scores for each of four groups, then 128 counts."""
+    """The address of shared memory beside the compiler's: 8 KiB of scores for each of four groups, then for each of 128
+    queries the number of its marks, and then of those of its keys that are sure."""
     return gl.inline_asm_elementwise(
         "{ .shared .align 1024 .b8 stash[33792]; mov.u32 $0, stash; add.u32 $0, $0, $1; }",
         "=r,r", [zero], gl.int32, is_pure=False, pack=1,
@@ -166,7 +237,8 @@ def _stash(zero):
 def _forget(row, stash):
     """Set the counts of queries to 0."""
     gl.inline_asm_elementwise(
-        "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; mov.b32 $0, 0; st.shared.b32 [at], $0; }",
+        "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; mov.b32 $0, 0; st.shared.b32 [at], $0; "
+        "st.shared.b32 [at + 512], $0; }",
         "=r,r,r", [row, stash], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -178,6 +250,26 @@ def _held(row, stash):
         "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; ld.shared.b32 $0, [at]; }",
         "=r,r,r", [row, stash], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def _line(bounds, ceilings, real):
+    """Scale and shift that take a query's bound to 0 and its ceiling to 2, or close to that.
+
+    Without a bound all scores exceed it but −∞, which stands for what may not be chosen. A query that must choose that
+    has too few marks, and is searched for.
+    """
+    bound = gl.load(bounds, mask=real, other=0.0)
+    ceiling = gl.load(ceilings, mask=real, other=float("inf"))
+    all_of_them, some = ceiling == float("-inf"), bound == bound
+    # Rounding takes the bound up by no more than this takes it down: equal scores are often the ones just above it.
+    bound = gl.where(some, bound - gl.abs(bound) * 2.4e-7, 0.0)
+    scale = gl.minimum(2 / (ceiling - bound), 1e30)
+    scale = gl.where((ceiling < float("inf")) & (ceiling > bound), scale, 7.9e-31)  # else nothing usual reaches 2
+    shift = gl.where(all_of_them, 1e30, -bound * scale)
+    scale = gl.where(some | all_of_them, scale, 1.2e-38)
+    shift = gl.where(some | all_of_them, shift, 1.0)
+    return scale, gl.where(real, shift, float("-inf"))
 
 
 @gluon.jit
@@ -259,7 +351,7 @@ def _compute(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    weights, biases, starts, lasts, walks, bounds, marks, counts, sums = tensors
+    weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums = tensors
     room, tau, threshold = scalars
     queries, keys, stash, barriers = memory
     ready_q, ready_k, empty_k, done = barriers
@@ -270,10 +362,7 @@ def _compute(
     query = tile * 128 + SIDE * 64 + in_side
     real = query < num_rows
     row = batch * num_rows + query
-    bound = gl.load(bounds + row, mask=real, other=float("inf"))
-    # Without one, all scores exceed it but −∞, which stands for what may not be chosen. A query that must choose that
-    # has too few marks, and is searched for.
-    bound = gl.where(bound == bound, bound, -FORCED)
+    scale, shift = _line(bounds + row, ceilings + row, real)
     gates, offsets = (), ()
     half: gl.constexpr = 0.5 if KIND != RELU else 1.0  # as in `kernels.scores.of_queries`
     for j in gl.static_range(HEADS):
@@ -288,7 +377,9 @@ def _compute(
         offsets = offsets + (offset,)
     padded = gl.num_programs(0) * 128
     base = marks.to(gl.int64) + (batch * padded + tile * 128 + SIDE * 64) * room * 8
-    bounds_of = _halves(bound[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
+    word_base = words.to(gl.int64) + (batch * word_stride + (tile * 4 + SIDE * 2).to(gl.int64) * num_keys) * 4
+    scales = _halves(scale[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
+    shifts = _halves(shift[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
     number, a, b = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
     c = gl.full([64], -1e30, gl.float32, ROW)
     stage, phase = gl.to_tensor(PART), gl.to_tensor(0)
@@ -316,12 +407,14 @@ def _compute(
                 number, a, b, c = _sum(scores, visible, forced, number, a, b, c, tau, threshold, SUM, True)
             scores = gl.where(forced, FORCED, gl.where(visible, scores, float("-inf")))
         values = _halves(scores)
-        for j in gl.static_range(2):
-            _append(values[j], bounds_of[j], stash, i, base, room, GROUP, j)
+        sure = _append(values[0], scales[0], shifts[0], stash, i, base, room, GROUP, 0)
+        also = _append(values[1], scales[1], shifts[1], stash, i, base, room, GROUP, 1)
+        _set(sure, also, i, end, num_rows - tile * 128 - SIDE * 64, word_base, num_keys)
     mbarrier.arrive(done.index(SIDE))
     if PART == 0:
         mbarrier.wait(done.index(SIDE), 0)
         gl.store(counts + batch * padded + query, _held(in_side, stash + 32768 + SIDE * 256))
+        gl.store(sures + batch * padded + query, _held(in_side, stash + 33280 + SIDE * 256))
     if SUM == VARIANCE:
         a = b / gl.maximum(number, 1.0)
     if SUM == ENTROPY:
@@ -332,12 +425,13 @@ def _compute(
 
 @gluon.jit
 def mark(
-    q, k, weights, biases, starts, lasts, walks, bounds, marks, counts, sums, room, tau, threshold, num_rows,
-    num_keys, local, sink,
+    q, k, weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums,
+    room, tau, threshold, num_rows, num_keys, local, sink,
     KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr, SUM: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, COMPUTE: gl.constexpr, LOAD: gl.constexpr,
 ):  # fmt: skip
-    """Marks [B, R, room] of each query and their number, counts [B, R], which exceeds `room` where they are cut.
+    """Marks [B, R, room] of each query and their number, counts [B, R], which exceeds `room` where they are cut; in
+    `words`, which are 0 before, the bits of keys that reach its ceiling, and their number, sures [B, R].
 
     R is rounded up to 128 here.
     """
@@ -358,7 +452,7 @@ def mark(
     fence_async_shared()
     stash = _stash(gl.to_tensor(0))
     _forget(gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0])), stash + 32768)
-    tensors = (weights, biases, starts, lasts, walks, bounds, marks, counts, sums)
+    tensors = (weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums)
     scalars = (room, tau, threshold)
     sizes, memory = (num_rows, num_keys, local, sink), (queries, keys, stash, (ready_q, ready_k, empty_k, done))
     if PARTS == 1:

@@ -3,13 +3,14 @@
 A query's k best of S scores are found in these steps, after `prepare` has said of each query what it may see and
 wants:
 
-1. `sample` scores every n-th key, and from these `bound` takes a number that, for all but a few queries, at least k and
-   not many more of all scores exceed;
-2. `mark` scores every key and writes those down that exceed their query's bound: few enough to be written. It also
-   makes the sums that a controller wants. On sm_90 `kernels.marks` does so;
+1. `sample` scores every n-th key, and from these `bound` takes two numbers that, for all but a few queries, the k-th
+   score is between: at least k and not many more scores exceed the bound, and not many less than k reach the ceiling;
+2. `mark` scores every key, sets the bits of those that reach their query's ceiling, which are chosen for sure, and
+   writes those down that are between: few enough to be written. It also makes the sums that a controller wants. On
+   sm_90 `kernels.marks` does so;
 3. the best of the marked keys are chosen (`kernels.choose`).
 
-The bound decides what a selection costs, never what it is.
+Bounds and ceilings decide what a selection costs, never what it is.
 """
 
 import triton
@@ -34,8 +35,8 @@ NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.const
 
 @triton.jit
 def prepare(
-    starts, lasts, given, out_starts, out_lasts, wanted, ranks, ends, walks, start_stride, last_stride, given_stride,
-    num_rows, num_words, num_tiles, most, k_min, k_max, local, sink, room, stride,
+    starts, lasts, given, out_starts, out_lasts, wanted, ranks, tops, ceilings, ends, walks, start_stride, last_stride,
+    given_stride, num_rows, num_words, num_tiles, most, k_min, k_max, local, sink, room, stride,
     SIGMAS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each query, before a score is known: see `kernels.best`. With fewer keys than `room` there is no bound."""
@@ -56,6 +57,11 @@ def prepare(
     tl.store(out_lasts + row, last, mask=real)
     tl.store(wanted + row, want, mask=real)
     tl.store(ranks + row, tl.where(available > room, rank, 0), mask=real)
+    if GIVEN:  # else `want` is the most that may be wanted, and a ceiling would be too low
+        top = (expected - SIGMAS * tl.sqrt(expected) - 2).to(tl.int32)
+        tl.store(tops + row, tl.where(available > room, tl.maximum(top, 0), 0), mask=real)
+    ceiling = tl.where(GIVEN & (available <= want), float("-inf"), float("inf"))
+    tl.store(ceilings + row, ceiling, mask=real)
     word = tl.program_id(0) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // 32, 32)), 1)
     tl.store(ends + batch * num_words + word, end, mask=word < num_words)
@@ -107,15 +113,22 @@ def sample(
 
 
 @triton.jit
-def below_rank(samples, count, rank, P: tl.constexpr):
+def unordered(order):
+    """The score of which this is the `ordered` number."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def enclose(samples, count, rank, top, P: tl.constexpr):
     """What `bound` says of one query's `count` ≤ P samples."""
-    value = tl.full((), float("nan"), tl.float32)
+    least, ceiling = tl.full((), float("nan"), tl.float32), tl.full((), float("inf"), tl.float32)
     place = tl.arange(0, P)
     order = ordered(tl.load(samples + place, mask=place < count, other=float("-inf")))
     finite = order > -2139095041  # that of −inf
     reached = tl.sum(finite.to(tl.int32))
     if reached >= rank:
-        high = tl.max(order)
+        highest = tl.max(order)
+        high = highest
         low = tl.min(tl.where(finite, order, high))
         above, turn, most = 0, 0, rank + rank // 16
         while (reached > most) & (low < high):
@@ -123,36 +136,48 @@ def below_rank(samples, count, rank, P: tl.constexpr):
             here = tl.sum((order >= middle).to(tl.int32))
             low, high, reached, above = narrowed(low, high, reached, above, middle, here, rank)
             turn += 1
-        bits = low ^ ((low >> 31) & 0x7FFFFFFF)
-        value = (bits - tl.where(low < 0, -1, 1)).to(tl.float32, bitcast=True)  # the next number down
-        value = tl.where((low == 0) | (low == 1), -1e-30, value)
-    return value
+        least = tl.where((low == 0) | (low == 1), -1e-30, unordered(low - 1))  # the next number down
+        if top > 0:
+            high, above, turn, fewest = highest, 0, 0, top - top // 16
+            while (above < fewest) & (low < high):
+                middle = between_counts(low, high, reached, above, top - top // 32, turn)
+                here = tl.sum((order >= middle).to(tl.int32))
+                low, high, reached, above = narrowed(low, high, reached, above, middle, here, top + 1)
+                turn += 1
+            ceiling = unordered(tl.minimum(high, 2139095039) + 1)  # the next number up, infinity at most
+    return least, ceiling
 
 
 @triton.jit
-def bound(samples, ends, ranks, bounds, num_rows, num_samples, num_tiles, TILE: tl.constexpr, P: tl.constexpr):
-    """A number just below about the `rank`-th largest of a query's samples; NaN where there are fewer.
+def bound(
+    samples, ends, ranks, tops, bounds, ceilings, num_rows, num_samples, num_tiles, TILE: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """A number just below about the `rank`-th largest of a query's samples, NaN where there are fewer; and one just
+    above about the `top`-th, where it is not 0.
 
-    At least `rank` samples exceed it, and at most a 16th more unless they are equal. Nothing is below NaN. It is never
-    0, which −0 is not below but whose difference from it has that sign.
+    At least `rank` samples exceed the bound, and at most a 16th more unless they are equal. Nothing is below NaN. It is
+    never 0, which −0 is not below but whose difference from it has that sign. At most `top` samples reach the ceiling,
+    and a 16th less at the least, unless they are equal.
     """
     i, batch = tl.program_id(0), tl.program_id(1)
     row = batch.to(tl.int64) * num_rows + i
     rank = tl.load(ranks + row)
-    value = tl.full((), float("nan"), tl.float32)
+    least = tl.full((), float("nan"), tl.float32)
     if rank > 0:
+        top = tl.load(tops + row)
         count = tl.load(ends + batch * num_tiles + i // TILE)
         if count <= P // 2:  # no work for what is not there
-            value = below_rank(samples + row * num_samples, count, rank, P // 2)
+            least, ceiling = enclose(samples + row * num_samples, count, rank, top, P // 2)
         else:
-            value = below_rank(samples + row * num_samples, count, rank, P)
-    tl.store(bounds + row, value)
+            least, ceiling = enclose(samples + row * num_samples, count, rank, top, P)
+        tl.store(ceilings + row, ceiling)
+    tl.store(bounds + row, least)
 
 
 @triton.jit
 def mark_block(
-    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, row, real, start, last, least, marks, held,
-    room, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+    i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, row, real, start, last, least, ceiling,
+    marks, held, sure, word_row, room, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +196,12 @@ def mark_block(
         keep = (keep & visible) | forced
         marked = tl.where(forced, FORCED, scores)
         share = tl.sum(visible.to(tl.float32), 0)
+    chosen = keep & ((marked < ceiling[None, :]) == 0) & real[None, :]
+    sure += tl.sum(chosen.to(tl.int32), 0)
+    value = tl.full((M,), 1, tl.int32) << bit
+    tl.store(word_row + key, tl.sum(tl.where(chosen, value[None, :], 0), 1), mask=inside)
     # [queries, keys] from here on: neighbouring threads then write neighbours in memory
-    kept = tl.trans(keep.to(tl.int32))
+    kept = tl.trans((keep & (chosen == 0)).to(tl.int32))
     rank = held[:, None] + tl.cumsum(kept, 1) - 1
     held += tl.sum(kept, 1)
     packed = (tl.trans(marked).to(tl.int32, bitcast=True).to(tl.int64) << 32) | key[None, :].to(tl.int64)
@@ -200,17 +229,18 @@ def mark_block(
         reached = scores >= threshold
         reached = (reached & visible) | forced if EDGE else reached
         a += tl.sum(reached.to(tl.float32), 0)
-    return held, number + share, a, b, c
+    return held, sure, number + share, a, b, c
 
 
 @triton.jit
 def mark(
-    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, bounds, marks, counts, numbers, sums,
-    local, sink, num_rows, padded, num_keys, capacity, room, tau, threshold,
+    q, k, weights, biases, starts, lasts, list_keys, list_words, list_counts, bounds, ceilings, words, word_stride,
+    marks, counts, sures, numbers, sums, local, sink, num_rows, padded, num_keys, capacity, room, tau, threshold,
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Marks [B, `padded`, room] of R queries: the keys above each query's bound and those that must be chosen.
+    """Marks [B, `padded`, room] of R queries: the keys above each query's bound and those that must be chosen, but for
+    those that reach its ceiling, whose bits are set in `words`, and which `sures` [B, `padded`] counts.
 
     A mark is 64 bits, of which the upper half is the score. `counts` [B, `padded`] says how many of a query there are;
     what there is no room for is counted only. `numbers` [B, R] says how many a query could have chosen, and `sums`
@@ -221,10 +251,12 @@ def mark(
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
     first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), LISTED)
     least = tl.load(bounds + row, mask=real, other=float("inf"))
+    ceiling = tl.load(ceilings + row, mask=real, other=float("inf"))
+    word_row = words + batch.to(tl.int64) * word_stride + tile.to(tl.int64) * num_keys
     queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
     bit = tl.arange(0, M)
     list_row = batch.to(tl.int64) * padded + tile * M + bit
-    held = tl.zeros((M,), tl.int32)
+    held, sure = tl.zeros((M,), tl.int32), tl.zeros((M,), tl.int32)
     number, a, b = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
     c = tl.full((M,), -1e30, tl.float32)
     # blocks from `inner` to `outer` are visible to all queries and forced for none
@@ -236,12 +268,14 @@ def mark(
         begin, stop = (first, inner) if segment == 0 else ((inner, outer) if segment == 1 else (outer, end))
         if not LISTED or segment == 0:
             for i in range(begin, stop, N):
-                held, number, a, b, c = mark_block(
+                held, sure, number, a, b, c = mark_block(
                     i, end, k, queries, gates, offsets, list_keys, list_words, entries, bit, list_row, real, start,
-                    last, least, marks, held, room, local, sink, batch, num_keys, tau, threshold, number, a, b, c,
+                    last, least, ceiling, marks, held, sure, word_row, room, local, sink, batch, num_keys, tau,
+                    threshold, number, a, b, c,
                     LISTED, KIND, HEADS, D, DP, RAW, FAST, M, N, SUM, segment != 1,
                 )  # fmt: skip
     tl.store(counts + list_row, held, mask=real)
+    tl.store(sures + list_row, sure, mask=real)
     tl.store(numbers + row, number.to(tl.int32), mask=real)
     if SUM == VARIANCE:
         a = b / tl.maximum(number, 1.0)

@@ -55,8 +55,10 @@ INTEGERS |= {
     "walks",
     "places",
     "taken",
+    "tops",
+    "sures",
 }
-FLOATS = {"biases", "bounds", "samples", "sums", "lse", "delta", "dweight", "dbias"}
+FLOATS = {"biases", "bounds", "ceilings", "samples", "sums", "lse", "delta", "dweight", "dbias"}
 FLOATS |= {"negative_entropy", "expected", "mass", "losses"}
 FLOATS |= {"logs", "dk", "dv", "dk_unit", "dv_unit"}
 SCALARS = {"scale", "unit", "index_scale", "tau", "threshold"}
