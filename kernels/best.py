@@ -21,7 +21,7 @@ SURE = 6  # deviations that one 128K forward in 700 exceeds
 # A bound is so many deviations lower than the samples say, and a ceiling as many higher. From as many keys on, where a
 # mark less of each query gains more than it costs to find two in a thousand among all keys again, it is less, and so
 # many of a row are found by `kernels.few`.
-LIKELY, MANY, PLACES = (1, 64, 4) if INTERPRET else (3, 2**16, 256)
+LIKELY, MANY, PLACES = (1, 64, 4) if INTERPRET else (3, 2**16, 512)
 MARKS = 3 * 2**29  # bytes of marks that exist at one time
 PAIRS = 2**30  # of queries and keys whose scores the definition has at hand
 
@@ -71,7 +71,7 @@ def _parts(rows: int, step: int) -> Iterator[slice]:
 
 
 def marked_at_once(batch: int, rows: int, room: int) -> int:
-    """Of how many queries of each row marks exist at one time: a multiple of 128, and much the same each time."""
+    """Of how many queries of each row marks exist at one time: a multiple of 256, and much the same each time."""
     parts = -(-8 * batch * rows * room // MARKS)
     return -(-rows // (parts * marks.TILE)) * marks.TILE
 
@@ -160,7 +160,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         step = min(step, queries_at_once(batch, num_keys) // marks.TILE * marks.TILE or marks.TILE)
 
     # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
-    starts, lasts, wanted, ranks, tops, ceilings, ends, walks = _prepared(asked, rule, most, plan)
+    starts, lasts, wanted, ranks, tops, ceilings, ends, walks = _prepared(asked, rule, most, plan, launch.tile)
     scores = scores._replace(k=scores.k.contiguous())
     for part in _parts(rows, step):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
@@ -185,15 +185,14 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
                 samples, grid[0], TILE=WORD, P=triton.next_power_of_2(samples), num_warps=2,
             )  # fmt: skip
             del sampled
-        tiles = triton.cdiv(count, marks.TILE)
-        padded = tiles * marks.TILE
+        padded = triton.cdiv(count, marks.TILE) * marks.TILE
         marked = torch.empty(batch, padded, plan.room, dtype=torch.int64, device=device)
         counts, sures = torch.empty(2, batch, padded, dtype=torch.int32, device=device)
         numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
         found = torch.empty(batch, count, dtype=torch.float32, device=device)
         controls = (plan.room, rule.tau, rule.threshold)
         if launch.roles:
-            of_part = walks[:, part.start // marks.TILE :][:, :tiles].contiguous()
+            of_part = walks[:, part.start // launch.tile : -(-part.stop // launch.tile)].contiguous()
             written = (chosen, words.stride(0), marked, counts, sures, found)
             marks.mark_tiles(inputs, of_part, bounds, highest, written, forced, controls, launch.roles)
         else:
@@ -230,21 +229,21 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         )  # fmt: skip
 
 
-def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Tensor, ...]:
+def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling", tile: int) -> tuple[Tensor, ...]:
     """In int32: starts, lasts, how many keys are wanted, at most or as `given`, and the ranks of the bound and of the
     ceiling among the samples, 0 for none, all [B, R]; ceilings without samples, [B, R] fp32; the first key [B, ⌈R/32⌉]
-    that no query of a word sees, nor any later one; and [B, ⌈R/128⌉, 4] of tiles: where their walks begin and end, and
+    that no query of a word sees, nor any later one; and [B, ⌈R/tile⌉, 4] of tiles: where their walks begin and end, and
     between which keys all may choose and none must."""
     batch, rows = asked.lasts.shape
     given = [x if x.stride(1) == 1 else x.contiguous() for x in (asked.starts, asked.lasts, asked.wanted)]
     found = torch.empty(5, batch, rows, dtype=torch.int32, device=asked.lasts.device)
     ceilings = torch.empty(batch, rows, dtype=torch.float32, device=found.device)
     ends = torch.empty(batch, triton.cdiv(rows, WORD), dtype=torch.int32, device=found.device)
-    walks = torch.empty(batch, triton.cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
-    scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
+    walks = torch.empty(batch, triton.cdiv(rows, tile), 4, dtype=torch.int32, device=found.device)
+    scan.prepare[(triton.cdiv(rows, marks.TILE), batch)](
         *given, *found, ceilings, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
         rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=plan.sigmas,
-        GIVEN=rule.controller == "given", BLOCK=8 * WORD,
+        GIVEN=rule.controller == "given", TILE=tile, BLOCK=marks.TILE,
     )  # fmt: skip
     return *found, ceilings, ends, walks
 
@@ -292,6 +291,7 @@ class Launch(NamedTuple):
     sample: Options
     mark: Options
     roles: Options  # of `kernels.marks`, where it takes the place of `mark`
+    tile: int  # queries of its programs
     choose: Options
     search: Options
 
@@ -309,14 +309,14 @@ class Launch(NamedTuple):
         roles: Options = {}
         if not listed and marks.takes(scores.q, scores.k):
             roles = {name: shape[name] for name in ("KIND", "HEADS", "D", "RAW")}
-            roles |= marks.SUMMING if rule.controller != "given" else marks.PLAIN
-            roles |= {"SUM": scan.SUMS[rule.controller]}
+            roles |= marks.launch(scores.q, given) | {"SUM": scan.SUMS[rule.controller]}
         mark = wide if one_head or INTERPRET else wide | {"N": 64}
         p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
         chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
         if not INTERPRET:
             chosen["maxnreg"] = 96  # ptxas makes 80 of it on sm_90: three programs of 4096 at a time
-        return cls(wide, mark, roles, chosen, {**shape, "LISTED": listed, "num_warps": 8, **few})
+        tile = 64 * roles.get("SIDES", 2)
+        return cls(wide, mark, roles, tile, chosen, {**shape, "LISTED": listed, "num_warps": 8, **few})
 
 
 class Sampling(NamedTuple):

@@ -1,7 +1,7 @@
 """Marks of a selection on sm_90: every score against a bound, and those above it written down.
 
-It computes what `kernels.scan.mark` does. A program takes 128 queries and walks past their keys: one warp copies, and
-two or four groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
+It computes what `kernels.scan.mark` does. A program takes 128 or 256 queries and walks past their keys: one warp
+copies, and groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
 are marked, so a thread puts those it holds of a query into shared memory, notes in a word which are marked, reserves
 room for as many in the query's list, and then takes these alone out again. To store each score under a predicate took
 two thirds longer: such stores wait for one another's registers.
@@ -20,14 +20,17 @@ from kernels.hopper import takes as hopper_takes
 from kernels.scan import ENTROPY, NOTHING, REACHED, VARIANCE
 from kernels.scores import FORCED, RELU, SIGMOID
 
-TILE = 128  # queries of a program
+TILE = 256  # queries of a program at most
 BLOCK = gl.constexpr(64)  # keys that a group of warps scores at once
 WIDTH = 512  # of a query with all its heads, at most: what fits beside the keys in shared memory
-SHARED = 227 * 2**10 - 33 * 2**10 - 2**10  # bytes for queries and keys: all but what `_stash` has, and barriers
-# As it was fastest on an H100: groups of warps that share a walk's blocks between them, and registers as in
-# `kernels.hopper`. Sums want more registers, and one group to see all keys.
-PLAIN = {"PARTS": 2, "COMPUTE": 112, "LOAD": 32, "num_warps": 4, "maxnreg": 96}
-SUMMING = {"PARTS": 1, "COMPUTE": 240, "LOAD": 24, "num_warps": 4, "maxnreg": 168}
+SHARED = 227 * 2**10 - 34 * 2**10 - 2**10  # bytes for queries and keys: all but what `_stash` has, and barriers
+# As it was fastest on an H100: 64 queries each on so many sides of a walk, groups of warps that share its blocks between
+# them on each side, and registers as in `kernels.hopper`. Sums want more registers, and one group to see all keys. Where
+# there are programs enough, more queries to a program read keys from the L2 cache half as often.
+PLAIN = {"SIDES": 2, "PARTS": 2, "COMPUTE": 112, "LOAD": 32, "num_warps": 4, "maxnreg": 96}
+WIDE = PLAIN | {"SIDES": 4, "PARTS": 1}
+MANY = 2**15  # queries from which on it is WIDE
+SUMMING = {"SIDES": 2, "PARTS": 1, "COMPUTE": 240, "LOAD": 24, "num_warps": 4, "maxnreg": 168}
 
 
 def takes(q: Tensor, k: Tensor) -> bool:
@@ -35,10 +38,18 @@ def takes(q: Tensor, k: Tensor) -> bool:
     return q.dtype == k.dtype and q.shape[2] * q.shape[3] <= WIDTH and hopper_takes(q, k)
 
 
-def held_blocks(width: int, size: int) -> int:
-    """How many blocks of keys there is room for beside queries so wide: 8 at most, and an even number."""
-    blocks: int = (SHARED - 2 * TILE * width) // (2 * BLOCK.value * size)
+def held_blocks(width: int, size: int, tile: int) -> int:
+    """How many blocks of keys there is room for beside a tile of queries so wide: 8 at most, and an even number."""
+    blocks: int = (SHARED - 2 * tile * width) // (2 * BLOCK.value * size)
     return min(blocks // 2 * 2, 8)
+
+
+def launch(q: Tensor, given: bool) -> dict[str, int]:
+    """How `mark` is launched for indexer queries [B, R, H, d], whose numbers of keys are `given` or depend on sums."""
+    if not given:
+        return SUMMING
+    room = held_blocks(q.shape[2] * q.shape[3], q.shape[3], 64 * WIDE["SIDES"]) >= 4
+    return WIDE if room and q.shape[1] >= MANY else PLAIN
 
 
 def mark_tiles(
@@ -63,8 +74,9 @@ def mark_tiles(
         options: how `mark` is launched.
     """
     q, k, weights, biases, starts, lasts = inputs
-    stages = held_blocks(q.shape[2] * q.shape[3], q.shape[3])
-    queries, keys = rows_of(q, TILE), rows_of(k[:, :, None], BLOCK.value)
+    tile = 64 * options["SIDES"]
+    stages = held_blocks(q.shape[2] * q.shape[3], q.shape[3], tile)
+    queries, keys = rows_of(q, tile), rows_of(k[:, :, None], BLOCK.value)
     mark[(walks.shape[1], len(q))](
         queries, keys, weights, biases, starts, lasts, walks, bounds, ceilings, *written, *controls, q.shape[1],
         k.shape[1], *forced, STAGES=stages, **options,
@@ -80,7 +92,7 @@ def _walk(walks, tile, batch):
 
 @gluon.jit
 def _load(
-    q, k, walks, sizes, memory, HEADS: gl.constexpr, STAGES: gl.constexpr
+    q, k, walks, sizes, memory, HEADS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr
 ):  # fmt: skip
     queries, keys, _, barriers = memory
     ready_q, ready_k, empty_k, _ = barriers
@@ -89,7 +101,7 @@ def _load(
     first, end, _, _ = _walk(walks, tile, batch)
     mbarrier.expect(ready_q, HEADS * q.block_type.nbytes)
     for j in gl.static_range(HEADS):
-        copy_tile(q, [batch * num_rows + tile * 128, j * q.block_type.shape[1]], ready_q, queries.index(j))
+        copy_tile(q, [batch * num_rows + tile * 64 * SIDES, j * q.block_type.shape[1]], ready_q, queries.index(j))
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
     for i in range(first, end, BLOCK):
         mbarrier.wait(empty_k.index(stage), phase)
@@ -104,119 +116,128 @@ def _tanh(x):
 
 
 @gluon.constexpr_function
-def _append_asm(group, half):
-    """PTX of `_append`: the 16 values that a thread has of a query, two of each eight columns.
+def _stash_asm(place, values, first):
+    """Four values into the stash."""
+    return f"st.shared.v4.f32 [slot + {place}], {{{', '.join(f'${first + i}' for i in values)}}};"
+
+
+@gluon.constexpr_function
+def _write_asm(group, sides):
+    """PTX of `_write`: the 16 values that a thread has of each of two queries, two of each eight columns.
 
     Where they are of the product that makes them, it knows from its number: that takes no registers between products.
-    Value 2b + o, of column 8b + o, has bits 16·o + 2b and the one above it in a word, and place 8·o + b in the stash.
+    Value 2b + o, of column 8b + o, has bits 16·o + 2b and the one above it in a word, and in the stash place b % 4 of quad 2·o + b // 4.
     """
-    scale, shift, stash, block, base, room = (f"${16 * i}" for i in range(2, 8))
+    names = ("scale0", "shift0", "scale1", "shift1", "end", "stash", "block", "room", "num_keys", "base", "words")
+    given = {name: f"${48 + 16 * i}" for i, name in enumerate(names)}
+    stash, block = given["stash"], given["block"]
+    counts = 32768 + group % sides * 256
+    quads = [(group * 8192 + i * 2048, [8 * (i % 2) + 2 * j + i // 2 for j in range(4)]) for i in range(4)]
     lines = [
-        "{ .reg .pred p, two; .reg .f32 over; .reg .b32 t, slot, mask, n, first, i, j, at, key, score, key2, score2;",
-        ".reg .b32 query, column; .reg .b64 to;",
-        f"mov.u32 t, %tid.x; and.b32 t, t, 127; mad.lo.u32 slot, t, 4, {stash};",
+        "{ .reg .pred p, two; .reg .f32 over; .reg .b32 t, n, id, slot, at, query, column, key, keep, x, y, i, j;",
+        ".reg .b32 mask<2>, sure<2>, first<2>; .reg .b64 to;",
+        f"mov.u32 id, %tid.x; and.b32 t, id, 127; mad.lo.u32 slot, t, 16, {stash};",
         "and.b32 query, t, 96; shr.u32 query, query, 1; bfe.u32 n, t, 2, 3; add.u32 query, query, n;",
-        f"add.u32 query, query, {8 * half}; mad.lo.u32 at, query, 4, {stash};",
-        f"and.b32 column, t, 3; mad.lo.u32 column, column, 2, {block};",
-        "mov.b32 mask, 0; mov.b32 first, 0;",
+        f"mad.lo.u32 at, query, 4, {stash};",
     ]
     # Below the bound the sign is 1; from the ceiling on numbers are 2 or more, NaN too, and have the bit after it.
-    for b in reversed(range(8)):
-        for o, bits in ((0, "mask"), (1, "first")):
-            lines.append(f"fma.rn.f32 over, ${16 + 2 * b + o}, {scale}, {shift};")
-            lines.append(f"mov.b32 n, over; shf.l.wrap.b32 {bits}, n, {bits}, 2;")
-    lines += [f"st.shared.f32 [slot + {group * 8192 + (i % 2 * 8 + i // 2) * 512}], ${16 + i};" for i in range(16)]
-    counts = 32768 + group % 2 * 256
-    lines += [
-        "mad.lo.u32 mask, first, 65536, mask; shr.u32 n, mask, 1;",
-        "lop3.b32 $0, mask, n, 0x55555555, 0x20;",  # a & ~b & c
-        "lop3.b32 mask, mask, n, 0x55555555, 0x02;",  # ~a & ~b & c
-        f"popc.b32 n, $0; setp.ne.u32 p, n, 0; @p red.shared.add.u32 [at + {counts + 512}], n;",
-        f"popc.b32 n, mask; atom.shared.add.u32 first, [at + {counts}], n; add.u32 n, n, first;",
-        f"setp.gt.u32 p, n, {room}; selp.b32 mask, 0, mask, p;",  # too many: `counts` says so
-        f"mad.lo.u32 first, query, {room}, first; mad.wide.u32 to, first, 8, {base};",
-        "setp.eq.u32 p, mask, 0; @p bra DONE;",
-        # two at a time, so that one waits beside the other
-        "MORE: bfind.u32 i, mask; shl.b32 t, 1, i; xor.b32 mask, mask, t;",
-        "setp.ne.u32 two, mask, 0; bfind.u32 j, mask; shl.b32 t, 1, j; not.b32 t, t; and.b32 mask, mask, t;",
-        "mad.lo.u32 score, i, 256, slot; mad.lo.u32 score2, j, 256, slot;",
-        f"ld.shared.b32 score, [score + {group * 8192}]; @two ld.shared.b32 score2, [score2 + {group * 8192}];",
-        "and.b32 n, i, 14; mad.lo.u32 key, n, 4, column; shr.u32 n, i, 4; add.u32 key, key, n;",
-        "and.b32 n, j, 14; mad.lo.u32 key2, n, 4, column; shr.u32 n, j, 4; add.u32 key2, key2, n;",
-        "st.global.v2.b32 [to], {key, score}; @two st.global.v2.b32 [to + 8], {key2, score2}; add.u64 to, to, 16;",
-        "setp.ne.u32 p, mask, 0; @p bra MORE; DONE: }",
-    ]
-    return " ".join(lines)
-
-
-@gluon.constexpr_function
-def _append_constraints():
-    return ",".join(["=&r"] * 16 + ["f"] * 48 + ["r"] * 32 + ["l"] * 16 + ["r"] * 16)
-
-
-@gluon.jit
-def _append(scores, scale, shift, stash, block, base, room, GROUP: gl.constexpr, HALF: gl.constexpr):
-    """Write down, and count, scores [4, 8, BLOCK] of which scale · score + shift is in [0, 2); keys begin at `block`.
-
-    Returns for a thread's first value which of its 16 are 2 or more, and nothing for the others.
-    """
-    return gl.inline_asm_elementwise(
-        _append_asm(GROUP, HALF),
-        _append_constraints(),
-        [scores, scale, shift, stash, block, base, room],
-        gl.int32,
-        is_pure=False,
-        pack=16,
-    )
-
-
-@gluon.constexpr_function
-def _set_asm():
-    """PTX of `_set`. Bits of a thread's two queries are put beside each other, those of one column after those of
-    the next; then the eight threads that have the same columns exchange bits, until each has those of 16 queries for
-    two columns that are neighbours."""
-    first, second, block, end, real, base, num_keys = (f"${16 * i}" for i in range(1, 8))
-    lines = [
-        "{ .reg .pred p; .reg .b32 t, x, y, n, keep, key, warp; .reg .b64 to;",
-        f"shl.b32 x, {second}, 1; or.b32 x, x, {first};",
-    ]
+    for half in range(2):
+        lines.append("mov.b32 x, 0; mov.b32 y, 0;")
+        for b in reversed(range(8)):
+            for o, bits in ((0, "x"), (1, "y")):
+                value = f"${16 + 16 * half + 2 * b + o}"
+                lines.append(f"fma.rn.f32 over, {value}, {given[f'scale{half}']}, {given[f'shift{half}']};")
+                lines.append(f"mov.b32 n, over; shf.l.wrap.b32 {bits}, n, {bits}, 2;")
+        lines += [
+            "mad.lo.u32 x, y, 65536, x; shr.u32 n, x, 1;",
+            f"lop3.b32 sure{half}, x, n, 0x55555555, 0x20;",  # a & ~b & c
+            f"lop3.b32 mask{half}, x, n, 0x55555555, 0x02;",  # ~a & ~b & c
+            f"popc.b32 n, sure{half}; setp.ne.u32 p, n, 0; @p red.shared.add.u32 [at + {counts + 1024 + 32 * half}], n;",
+            f"popc.b32 n, mask{half}; atom.shared.add.u32 first{half}, [at + {counts + 32 * half}], n;",
+        ]
+        if half == 0:
+            lines += [_stash_asm(*quad, 16) for quad in quads]
+    # Bits of a thread's two queries beside each other; then eight threads that have the same columns exchange bits,
+    # until each has those of 16 queries for two columns that are neighbours.
+    lines.append("shl.b32 x, sure1, 1; or.b32 x, x, sure0;")
     # bit 16·o + 2b + h, of query 8h + r, becomes 16·o + 8h + b
-    for distance, mask in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0)):
-        lines.append(f"shr.u32 t, x, {distance}; lop3.b32 t, t, x, {mask}, 0x28;")  # (a ^ b) & c
+    for distance, bits in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0)):
+        lines.append(f"shr.u32 t, x, {distance}; lop3.b32 t, t, x, {bits}, 0x28;")  # (a ^ b) & c
         lines.append(f"shl.b32 y, t, {distance}; lop3.b32 x, x, t, y, 0x96;")  # a ^ b ^ c
-    lines.append("mov.u32 n, %tid.x;")
     # and then 16·o + 8h + r, of column 8b + o, where b is this thread's r
-    for lane, distance, mask in ((16, 4, 0x0F0F0F0F), (8, 2, 0x33333333), (4, 1, 0x55555555)):
+    for lane, distance, bits in ((16, 4, 0x0F0F0F0F), (8, 2, 0x33333333), (4, 1, 0x55555555)):
         lines.append(f"shfl.sync.bfly.b32 y, x, {lane}, 31, 0xFFFFFFFF;")
-        lines.append(f"and.b32 t, n, {lane}; setp.ne.u32 p, t, 0; selp.b32 t, {32 - distance}, {distance}, p;")
-        lines.append(f"shf.l.wrap.b32 y, y, y, t; selp.b32 keep, {~mask & 0xFFFFFFFF}, {mask}, p;")
+        lines.append(f"and.b32 t, id, {lane}; setp.ne.u32 p, t, 0; selp.b32 t, {32 - distance}, {distance}, p;")
+        lines.append(f"shf.l.wrap.b32 y, y, y, t; selp.b32 keep, {~bits & 0xFFFFFFFF}, {bits}, p;")
         lines.append("lop3.b32 x, x, y, keep, 0xE4;")  # (a & c) | (b & ~c)
     lines += [
-        "bfe.u32 warp, n, 5, 2; bfe.u32 key, n, 2, 3; and.b32 n, n, 3;",
-        f"mad.lo.u32 key, key, 8, {block}; mad.lo.u32 key, n, 2, key;",
-        f"shr.u32 t, warp, 1; mad.lo.u32 t, t, {num_keys}, key; mad.wide.u32 to, t, 4, {base};",
-        "and.b32 t, warp, 1; mad.wide.u32 to, t, 2, to;",
-        f"mul.lo.u32 t, warp, 16; setp.lt.s32 p, t, {real}; selp.b32 n, {end}, 0, p;",
-        "setp.lt.u32 p, key, n; and.b32 t, x, 0xFFFF; setp.ne.and.u32 p, t, 0, p; @p st.global.u16 [to], t;",
-        "add.u32 key, key, 1;",
-        "setp.lt.u32 p, key, n; shr.u32 t, x, 16; setp.ne.and.u32 p, t, 0, p; @p st.global.u16 [to + 4], t;",
-        "mov.b32 $0, 0; }",
+        f"bfe.u32 y, id, 5, 2; bfe.u32 key, id, 2, 3; and.b32 n, id, 3; mad.lo.u32 column, n, 2, {block};",
+        f"mad.lo.u32 key, key, 8, column; shr.u32 t, y, 1; mad.lo.u32 t, t, {given['num_keys']}, key;",
+        f"mad.wide.u32 to, t, 4, {given['words']}; and.b32 t, y, 1; mad.wide.u32 to, t, 2, to;",
+        f"setp.lt.s32 p, key, {given['end']}; and.b32 t, x, 0xFFFF; setp.ne.and.u32 p, t, 0, p;",
+        f"@p st.global.u16 [to], t; add.u32 key, key, 1; setp.lt.s32 p, key, {given['end']};",
+        "shr.u32 t, x, 16; setp.ne.and.u32 p, t, 0, p; @p st.global.u16 [to + 4], t;",
     ]
+    for half in range(2):
+        if half == 1:
+            lines += [_stash_asm(*quad, 32) for quad in quads]
+        lines += [
+            f"popc.b32 n, mask{half}; add.u32 n, first{half}, n; setp.gt.u32 p, n, {given['room']};",
+            f"selp.b32 mask{half}, 0, mask{half}, p;",  # too many: `counts` says so
+            f"add.u32 n, query, {8 * half}; mad.lo.u32 n, n, {given['room']}, first{half};",
+            f"mad.wide.u32 to, n, 8, {given['base']};",
+            f"setp.eq.u32 p, mask{half}, 0; @p bra DONE{half};",
+            # two at a time, so that one waits beside the other
+            f"MORE{half}: bfind.u32 i, mask{half}; shl.b32 t, 1, i; xor.b32 mask{half}, mask{half}, t;",
+            f"setp.ne.u32 two, mask{half}, 0; bfind.u32 j, mask{half}; shl.b32 t, 1, j; not.b32 t, t;",
+            f"and.b32 mask{half}, mask{half}, t;",
+            "and.b32 x, i, 24; mad.lo.u32 x, x, 256, slot; and.b32 n, i, 6; mad.lo.u32 x, n, 2, x;",
+            "and.b32 y, j, 24; mad.lo.u32 y, y, 256, slot; and.b32 n, j, 6; mad.lo.u32 y, n, 2, y;",
+            f"ld.shared.b32 x, [x + {group * 8192}]; @two ld.shared.b32 y, [y + {group * 8192}];",
+            "and.b32 n, i, 14; mad.lo.u32 n, n, 4, column; shr.u32 t, i, 4; add.u32 n, n, t;",
+            "and.b32 key, j, 14; mad.lo.u32 key, key, 4, column; shr.u32 t, j, 4; add.u32 key, key, t;",
+            "st.global.v2.b32 [to], {n, x}; @two st.global.v2.b32 [to + 8], {key, y}; add.u64 to, to, 16;",
+            f"setp.ne.u32 p, mask{half}, 0; @p bra MORE{half}; DONE{half}:",
+        ]
+    lines.append("}")
     return " ".join(lines)
 
 
 @gluon.constexpr_function
-def _set_constraints():
-    return ",".join(["=&r"] * 16 + ["r"] * 80 + ["l"] * 16 + ["r"] * 16)
+def _write_constraints():
+    return ",".join(["=r"] * 16 + ["f"] * 96 + ["r"] * 80 + ["l"] * 32)
 
 
 @gluon.jit
-def _set(first, second, block, end, real, base, num_keys):
-    """Set bits of 64 queries, of which `real` are, in the two words from `base` on; keys are from `block` to `end`."""
+def _write(values, scales, shifts, ends, stash, sizes, bases, GROUP: gl.constexpr, SIDES: gl.constexpr):
+    """Write down, and count, scores of which scale · score + shift is in [0, 2), and set the bits of those from 2 on.
+
+    Args:
+        values: [4, 8, BLOCK] of each of two halves, and so are `scales` and `shifts`.
+        ends: of the first half, the key at which the walk ends, or 0 where 16 queries are none.
+        stash: `_stash`.
+        sizes: the block's first key; how many marks a query has room for; how many keys there are.
+        bases: addresses of the 64 queries' marks and words.
+    """
+    block, room, num_keys = sizes
     gl.inline_asm_elementwise(
-        _set_asm(),
-        _set_constraints(),
-        [first, second, block, end, real, base, num_keys],
+        _write_asm(GROUP, SIDES),
+        _write_constraints(),
+        [
+            values[0],
+            values[1],
+            scales[0],
+            shifts[0],
+            scales[1],
+            shifts[1],
+            ends,
+            stash,
+            block,
+            room,
+            num_keys,
+            bases[0],
+            bases[1],
+        ],  # fmt: skip
         gl.int32,
         is_pure=False,
         pack=16,
@@ -225,10 +246,10 @@ def _set(first, second, block, end, real, base, num_keys):
 
 @gluon.jit
 def _stash(zero):
-    """The address of shared memory beside the compiler's: 8 KiB of scores for each of four groups, then for each of 128
+    """The address of shared memory beside the compiler's: 8 KiB of scores for each of four groups, then for each of 256
     queries the number of its marks, and then of those of its keys that are sure."""
     return gl.inline_asm_elementwise(
-        "{ .shared .align 1024 .b8 stash[33792]; mov.u32 $0, stash; add.u32 $0, $0, $1; }",
+        "{ .shared .align 1024 .b8 stash[34816]; mov.u32 $0, stash; add.u32 $0, $0, $1; }",
         "=r,r", [zero], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -238,7 +259,7 @@ def _forget(row, stash):
     """Set the counts of queries to 0."""
     gl.inline_asm_elementwise(
         "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; mov.b32 $0, 0; st.shared.b32 [at], $0; "
-        "st.shared.b32 [at + 512], $0; }",
+        "st.shared.b32 [at + 1024], $0; }",
         "=r,r,r", [row, stash], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -344,10 +365,10 @@ def _sum(scores, visible, forced, number, a, b, c, tau, threshold, SUM: gl.const
 def _compute(
     tensors, sizes, scalars, memory,
     GROUP: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
-    SUM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    SUM: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    SIDE: gl.constexpr = GROUP % 2
-    PART: gl.constexpr = GROUP // 2
+    SIDE: gl.constexpr = GROUP % SIDES
+    PART: gl.constexpr = GROUP // SIDES
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -359,7 +380,7 @@ def _compute(
     tile, batch = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1).to(gl.int64)
     first, end, inner, outer = _walk(walks, tile, batch)
     in_side = gl.arange(0, 64, layout=ROW)
-    query = tile * 128 + SIDE * 64 + in_side
+    query = (tile * SIDES + SIDE) * 64 + in_side
     real = query < num_rows
     row = batch * num_rows + query
     scale, shift = _line(bounds + row, ceilings + row, real)
@@ -375,16 +396,16 @@ def _compute(
                 offset = gl.load(biases + j).to(gl.float32) * half
         gates = gates + (gate,)
         offsets = offsets + (offset,)
-    padded = gl.num_programs(0) * 128
-    base = marks.to(gl.int64) + (batch * padded + tile * 128 + SIDE * 64) * room * 8
-    word_base = words.to(gl.int64) + (batch * word_stride + (tile * 4 + SIDE * 2).to(gl.int64) * num_keys) * 4
+    padded = gl.num_programs(0) * 64 * SIDES
+    base = marks.to(gl.int64) + (batch * padded + (tile * SIDES + SIDE) * 64) * room * 8
+    word_base = words.to(gl.int64) + (batch * word_stride + (tile * SIDES + SIDE).to(gl.int64) * 2 * num_keys) * 4
+    end_of = gl.where(query // 16 * 16 < num_rows, end, 0)
+    ends = _halves(end_of[:, None] + gl.zeros([64, BLOCK], gl.int32, LAYOUT))
     scales = _halves(scale[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
     shifts = _halves(shift[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
     number, a, b = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
     c = gl.full([64], -1e30, gl.float32, ROW)
     stage, phase = gl.to_tensor(PART), gl.to_tensor(0)
-    start = gl.load(starts + row, mask=real, other=2147483647)
-    last = gl.load(lasts + row, mask=real, other=-1)
     mbarrier.wait(ready_q, 0)
     left = queries
     if HEADS == 1:  # in registers, where several heads have no room
@@ -400,6 +421,11 @@ def _compute(
             if SUM != NOTHING:
                 number, a, b, c = _sum(scores, scores, scores, number, a, b, c, tau, threshold, SUM, False)
         else:
+            # at the edges only, so as to take no registers between them
+            at_edge = unknown_zero(i) + (tile * SIDES + SIDE) * 64 + in_side
+            there = at_edge < num_rows
+            start = gl.load(starts + batch * num_rows + at_edge, mask=there, other=2147483647)
+            last = gl.load(lasts + batch * num_rows + at_edge, mask=there, other=-1)
             at = i + gl.arange(0, BLOCK, layout=COLUMN)[None, :]
             visible = (at >= start[:, None]) & (at <= last[:, None])
             forced = visible & ((at > last[:, None] - local) | (at < start[:, None] + sink))
@@ -407,14 +433,12 @@ def _compute(
                 number, a, b, c = _sum(scores, visible, forced, number, a, b, c, tau, threshold, SUM, True)
             scores = gl.where(forced, FORCED, gl.where(visible, scores, float("-inf")))
         values = _halves(scores)
-        sure = _append(values[0], scales[0], shifts[0], stash, i, base, room, GROUP, 0)
-        also = _append(values[1], scales[1], shifts[1], stash, i, base, room, GROUP, 1)
-        _set(sure, also, i, end, num_rows - tile * 128 - SIDE * 64, word_base, num_keys)
+        _write(values, scales, shifts, ends[0], stash, (i, room, num_keys), (base, word_base), GROUP, SIDES)
     mbarrier.arrive(done.index(SIDE))
     if PART == 0:
         mbarrier.wait(done.index(SIDE), 0)
         gl.store(counts + batch * padded + query, _held(in_side, stash + 32768 + SIDE * 256))
-        gl.store(sures + batch * padded + query, _held(in_side, stash + 33280 + SIDE * 256))
+        gl.store(sures + batch * padded + query, _held(in_side, stash + 33792 + SIDE * 256))
     if SUM == VARIANCE:
         a = b / gl.maximum(number, 1.0)
     if SUM == ENTROPY:
@@ -428,39 +452,39 @@ def mark(
     q, k, weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums,
     room, tau, threshold, num_rows, num_keys, local, sink,
     KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr, SUM: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, COMPUTE: gl.constexpr, LOAD: gl.constexpr,
+    STAGES: gl.constexpr, SIDES: gl.constexpr, PARTS: gl.constexpr, COMPUTE: gl.constexpr, LOAD: gl.constexpr,
 ):  # fmt: skip
     """Marks [B, R, room] of each query and their number, counts [B, R], which exceeds `room` where they are cut; in
     `words`, which are 0 before, the bits of keys that reach its ceiling, and their number, sures [B, R].
 
-    R is rounded up to 128 here.
+    R is rounded up to 64 · SIDES here.
     """
-    OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], q.dtype)
+    OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64 * SIDES, D], q.dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = gl.allocate_shared_memory(q.dtype, [HEADS, 128, D], OPERAND)
+    queries = gl.allocate_shared_memory(q.dtype, [HEADS, 64 * SIDES, D], OPERAND)
     keys = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK, D], OPERAND)
     ready_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    done = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    done = gl.allocate_shared_memory(gl.int64, [SIDES, 1], BARRIER)
     mbarrier.init(ready_q, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready_k.index(i), count=1)
-        mbarrier.init(empty_k.index(i), count=2)
-    for i in gl.static_range(2):
+        mbarrier.init(empty_k.index(i), count=SIDES)
+    for i in gl.static_range(SIDES):
         mbarrier.init(done.index(i), count=PARTS)
     fence_async_shared()
     stash = _stash(gl.to_tensor(0))
-    _forget(gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0])), stash + 32768)
+    _forget(gl.arange(0, 256, layout=gl.BlockedLayout([2], [32], [4], [0])), stash + 32768)
     tensors = (weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums)
     scalars = (room, tau, threshold)
     sizes, memory = (num_rows, num_keys, local, sink), (queries, keys, stash, (ready_q, ready_k, empty_k, done))
-    if PARTS == 1:
+    if SIDES * PARTS == 2:
         gl.warp_specialize(
             [
-                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
-                (_load, (q, k, walks, sizes, memory, HEADS, STAGES)),
+                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
+                (_load, (q, k, walks, sizes, memory, HEADS, STAGES, SIDES)),
             ],
             [4, 1],
             [COMPUTE, LOAD],
@@ -468,11 +492,11 @@ def mark(
     else:
         gl.warp_specialize(
             [
-                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 2, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 3, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
-                (_load, (q, k, walks, sizes, memory, HEADS, STAGES)),
+                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 2, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 3, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
+                (_load, (q, k, walks, sizes, memory, HEADS, STAGES, SIDES)),
             ],
             [4, 4, 4, 1],
             [COMPUTE, COMPUTE, COMPUTE, LOAD],

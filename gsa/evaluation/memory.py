@@ -228,14 +228,16 @@ def _attention_workspace(shapes: Shapes, layer: AttentionConfig, kind: str) -> i
 
 def _lists(shapes: Shapes, layer: AttentionConfig) -> int:
     """Lists of keys of the kernels, or the candidates of a selection; and fp32 gradients of keys and values."""
-    most = rule_of(Parts(layer, None, None, True)).most_attended(shapes.length) if layer.sparse else shapes.length
+    rule = rule_of(Parts(layer, None, None, True))
+    most = rule.most_attended(shapes.length) if layer.sparse else shapes.length
     queries = min(queries_at_once(shapes.batch, shapes.length), shapes.length)
     group = layer.num_heads // layer.num_kv_heads
     tiles = {WORD, max(1, min(WORD, 64 >> math.ceil(math.log2(group))))}
     entry = 2 * FLOAT  # a key and its word or value
     listed = sum(shapes.batch * queries // tile * min(most * tile, shapes.length) * entry for tile in tiles)
-    plan = Sampling.of(most, shapes.length)
+    plan = Sampling.of(most, shapes.length, rule.controller == "given")
     scored = min(marked_at_once(shapes.batch, shapes.length, plan.room), shapes.length)
-    sampled = shapes.batch * scored * max(plan.room * entry, shapes.length // plan.stride * FLOAT)
+    again = shapes.batch * plan.places * shapes.length * FLOAT
+    sampled = shapes.batch * scored * max(plan.room * entry, shapes.length // plan.stride * FLOAT) + again
     gradients = shapes.tokens * 2 * layer.num_kv_heads * layer.head_dim * FLOAT
     return max(listed + gradients, sampled if layer.sparse else 0)
