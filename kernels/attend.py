@@ -132,7 +132,9 @@ def attend(
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         if roles:
             works = math.prod(grid)
-            hopper.attend_tiles[hopper.grid(works, q)](*inputs, grid[0], works, **shape, **hopper.LAUNCH)
+            hopper.attend_tiles[hopper.grid(works, q)](
+                *inputs, grid[0], works, hopper.is_far(k), **shape, **hopper.LAUNCH
+            )
         else:
             _forward[grid](*inputs, **shape, **_meta(q, tiles))
     return out, lse
@@ -185,7 +187,7 @@ def attend_backward(
         if roles:
             works, wide = math.prod(grid), math.prod(k.shape[1:]) >= 2**31
             hopper_backward.gradient_tiles[hopper.grid(works, q)](
-                *inputs, *sizes, grid[0], works, WIDE=wide, **shape, **hopper_backward.LAUNCH
+                *inputs, *sizes, grid[0], works, hopper.is_far(k), WIDE=wide, **shape, **hopper_backward.LAUNCH
             )
         else:
             meta = _meta(q, tiles, backward=True, fixed=deterministic)

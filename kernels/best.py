@@ -19,9 +19,9 @@ from kernels.words import WORD, pack, unpack
 SAMPLES = 4096  # of a query at most
 SURE = 6  # deviations that one 128K forward in 700 exceeds
 # A bound is so many deviations lower than the samples say, and a ceiling as many higher. From as many keys on, where a
-# mark less of each query gains more than it costs to find two in a thousand among all keys again, it is less, and so
-# many of a row are found by `kernels.few`.
-LIKELY, MANY, PLACES = (1, 64, 4) if INTERPRET else (3, 2**16, 512)
+# mark less of each query gains more than it costs to find three in a thousand among all keys again, it is less, and one
+# of so many may be found by `kernels.few`.
+LIKELY, MANY, OF_ONE_PLACE = (1, 64, 8) if INTERPRET else (3, 2**15, 160)
 MARKS = 3 * 2**29  # bytes of marks that exist at one time
 PAIRS = 2**30  # of queries and keys whose scores the definition has at hand
 
@@ -71,7 +71,7 @@ def _parts(rows: int, step: int) -> Iterator[slice]:
 
 
 def marked_at_once(batch: int, rows: int, room: int) -> int:
-    """Of how many queries of each row marks exist at one time: a multiple of 256, and much the same each time."""
+    """Of how many queries of each row marks exist at one time: a multiple of 128, and much the same each time."""
     parts = -(-8 * batch * rows * room // MARKS)
     return -(-rows // (parts * marks.TILE)) * marks.TILE
 
@@ -160,7 +160,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         step = min(step, queries_at_once(batch, num_keys) // marks.TILE * marks.TILE or marks.TILE)
 
     # All that can be said before a score is known is said for all queries at once; the rest is one chunk after another.
-    starts, lasts, wanted, ranks, tops, ceilings, ends, walks = _prepared(asked, rule, most, plan, launch.tile)
+    starts, lasts, wanted, ranks, tops, ceilings, ends, walks = _prepared(asked, rule, most, plan)
     scores = scores._replace(k=scores.k.contiguous())
     for part in _parts(rows, step):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
@@ -185,14 +185,15 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
                 samples, grid[0], TILE=WORD, P=triton.next_power_of_2(samples), num_warps=2,
             )  # fmt: skip
             del sampled
-        padded = triton.cdiv(count, marks.TILE) * marks.TILE
+        tiles = triton.cdiv(count, marks.TILE)
+        padded = tiles * marks.TILE
         marked = torch.empty(batch, padded, plan.room, dtype=torch.int64, device=device)
         counts, sures = torch.empty(2, batch, padded, dtype=torch.int32, device=device)
         numbers = torch.empty(batch, count, dtype=torch.int32, device=device)
         found = torch.empty(batch, count, dtype=torch.float32, device=device)
         controls = (plan.room, rule.tau, rule.threshold)
         if launch.roles:
-            of_part = walks[:, part.start // launch.tile : -(-part.stop // launch.tile)].contiguous()
+            of_part = walks[:, part.start // marks.TILE :][:, :tiles].contiguous()
             written = (chosen, words.stride(0), marked, counts, sures, found)
             marks.mark_tiles(inputs, of_part, bounds, highest, written, forced, controls, launch.roles)
         else:
@@ -214,12 +215,11 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         if plan.room > launch.choose["P"] + launch.choose["REST"]:
             long: Options = {"ROWS": 32, "P": 16 if INTERPRET else 1024, "num_warps": 4}
             choose.choose_long[(triton.cdiv(count, 32), batch)](*best_of, **long)
-        if plan.places:
-            places = torch.full((batch, plan.places), -1, dtype=torch.int32, device=device)
+        num_places = plan.places(count)
+        if num_places:
+            places = torch.full((batch, num_places), -1, dtype=torch.int32, device=device)
             taken, block = torch.full((batch,), -1, dtype=torch.int32, device=device), 16 if INTERPRET else 1024
-            choose.single_out[(triton.cdiv(count, block), batch)](
-                states, places, taken, count, plan.places, BLOCK=block
-            )
+            choose.single_out[(triton.cdiv(count, block), batch)](states, places, taken, count, num_places, BLOCK=block)
             values = scores_of_few(inputs, open_, _shape(scores, rule), places)
             limits = Limits(*forced, 0, num_keys)
             choose_few(values, inputs[-2], inputs[-1], want, limits, chosen, words.stride(0), places)
@@ -229,21 +229,21 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         )  # fmt: skip
 
 
-def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling", tile: int) -> tuple[Tensor, ...]:
+def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Tensor, ...]:
     """In int32: starts, lasts, how many keys are wanted, at most or as `given`, and the ranks of the bound and of the
     ceiling among the samples, 0 for none, all [B, R]; ceilings without samples, [B, R] fp32; the first key [B, ⌈R/32⌉]
-    that no query of a word sees, nor any later one; and [B, ⌈R/tile⌉, 4] of tiles: where their walks begin and end, and
+    that no query of a word sees, nor any later one; and [B, ⌈R/128⌉, 4] of tiles: where their walks begin and end, and
     between which keys all may choose and none must."""
     batch, rows = asked.lasts.shape
     given = [x if x.stride(1) == 1 else x.contiguous() for x in (asked.starts, asked.lasts, asked.wanted)]
     found = torch.empty(5, batch, rows, dtype=torch.int32, device=asked.lasts.device)
     ceilings = torch.empty(batch, rows, dtype=torch.float32, device=found.device)
     ends = torch.empty(batch, triton.cdiv(rows, WORD), dtype=torch.int32, device=found.device)
-    walks = torch.empty(batch, triton.cdiv(rows, tile), 4, dtype=torch.int32, device=found.device)
-    scan.prepare[(triton.cdiv(rows, marks.TILE), batch)](
+    walks = torch.empty(batch, triton.cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
+    scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
         *given, *found, ceilings, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
         rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=plan.sigmas,
-        GIVEN=rule.controller == "given", TILE=tile, BLOCK=marks.TILE,
+        GIVEN=rule.controller == "given", BLOCK=8 * WORD,
     )  # fmt: skip
     return *found, ceilings, ends, walks
 
@@ -291,7 +291,6 @@ class Launch(NamedTuple):
     sample: Options
     mark: Options
     roles: Options  # of `kernels.marks`, where it takes the place of `mark`
-    tile: int  # queries of its programs
     choose: Options
     search: Options
 
@@ -309,14 +308,14 @@ class Launch(NamedTuple):
         roles: Options = {}
         if not listed and marks.takes(scores.q, scores.k):
             roles = {name: shape[name] for name in ("KIND", "HEADS", "D", "RAW")}
-            roles |= marks.launch(scores.q, given) | {"SUM": scan.SUMS[rule.controller]}
+            roles |= marks.PLAIN if given else marks.SUMMING
+            roles |= {"SUM": scan.SUMS[rule.controller]}
         mark = wide if one_head or INTERPRET else wide | {"N": 64}
         p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
         chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
         if not INTERPRET:
             chosen["maxnreg"] = 96  # ptxas makes 80 of it on sm_90: three programs of 4096 at a time
-        tile = 64 * roles.get("SIDES", 2)
-        return cls(wide, mark, roles, tile, chosen, {**shape, "LISTED": listed, "num_warps": 8, **few})
+        return cls(wide, mark, roles, chosen, {**shape, "LISTED": listed, "num_warps": 8, **few})
 
 
 class Sampling(NamedTuple):
@@ -327,15 +326,18 @@ class Sampling(NamedTuple):
     sigmas: int
     likely: int  # most queries have no more marked keys
     room: int
-    places: int  # for queries of a row whose bounds fail
 
     @classmethod
     def of(cls, most: int, num_keys: int, given: bool) -> "Sampling":
         stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
-        sigmas, places = (LIKELY, PLACES) if num_keys >= MANY else (SURE, 0)
+        sigmas = LIKELY if num_keys >= MANY else SURE
         spread = sigmas * math.sqrt(most / stride) + 2
         between = (most / stride + spread) * 17 / 16  # what `scan.bound` allows itself
         if given:
             between -= max(most / stride - spread - 1, 0) * 15 / 16
         room = max(math.ceil(stride * (between + SURE * math.sqrt(between))), 64)
-        return cls(stride, sigmas, math.ceil(stride * between), min(room, num_keys), places)
+        return cls(stride, sigmas, math.ceil(stride * between), min(room, num_keys))
+
+    def places(self, rows: int) -> int:
+        """For how many of `rows` queries there is room whose bounds fail."""
+        return triton.cdiv(rows, OF_ONE_PLACE) if self.sigmas < SURE else 0

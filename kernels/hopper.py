@@ -37,6 +37,7 @@ copy_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 128  # of a tile
+FAR = 2**25  # bytes of keys and values, from which on the L2 cache does not hold them all
 # As they were fastest on an H100, and together all that a multiprocessor has: registers of a thread before the warps
 # take their roles and then of those that compute and that load, and bytes of shared memory for three blocks of keys.
 LAUNCH = {"BLOCK": 128, "STAGES": 3, "COMPUTE": 208, "LOAD": 88, "num_warps": 4, "maxnreg": 168}
@@ -53,6 +54,11 @@ def takes(*tensors: Tensor) -> bool:
 def grid(works: int, tensor: Tensor) -> tuple[int]:
     """As many programs as there are multiprocessors, which they stay on, or pieces of work."""
     return (min(works, torch.cuda.get_device_properties(tensor.device).multi_processor_count),)
+
+
+def is_far(k: Tensor) -> bool:
+    """Whether keys and values [B, S, heads, d] are too many for the L2 cache."""
+    return 2 * k.numel() * k.element_size() > FAR
 
 
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
@@ -82,13 +88,31 @@ def arrived(barrier):
 
 
 @gluon.jit
+def dealt(number, works):
+    """Which of pieces of work, the longest of which come last, is number `number`, dealt to and fro from the last on.
+
+    Each program takes every so manieth: in the order of their lengths some would have long ones only.
+    """
+    programs = gl.num_programs(0)
+    turn, place = number // programs, number % programs
+    back = (turn % 2 == 1) & ((turn + 1) * programs <= works)
+    return works - 1 - turn * programs - gl.where(back, programs - 1 - place, place)
+
+
+@gluon.jit
 def work_of(number, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr):
     """Of a piece of work: tile, head of keys, part of its group, batch, where its list begins and how long it is.
 
-    Neighbouring tiles of one head come together: they read much the same keys, which the L2 cache then holds.
+    Neighbouring tiles of one head come together where keys are `FAR`: they read much the same, which the L2 cache then
+    holds. Where it holds all keys, tiles are `dealt`: those of a sequence's beginning have short lists.
     """
-    capacity, tiles = sizes[3], sizes[4]
-    tile, head, batch = number % tiles, number // tiles % (KV_HEADS * PARTS), number // tiles // (KV_HEADS * PARTS)
+    capacity, tiles, works, far = sizes[3], sizes[4], sizes[5], sizes[6]
+    tile, rest = number % tiles, number // tiles
+    if far == 0:
+        of_tile = works // tiles
+        number = dealt(number, works)
+        tile, rest = number // of_tile, number % of_tile
+    head, batch = rest % (KV_HEADS * PARTS), rest // (KV_HEADS * PARTS)
     count = gl.load(counts + batch * tiles + tile)
     return tile, head // PARTS, head % PARTS, batch.to(gl.int64), (batch.to(gl.int64) * tiles + tile) * capacity, count
 
@@ -243,11 +267,13 @@ def _compute(
 @gluon.jit
 def attend_tiles(
     q, k, v, list_keys, list_words, counts, out, lse, scale, first, length, num_keys, capacity, tiles, works,
+    far,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
     PARTS: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, COMPUTE: gl.constexpr,
     LOAD: gl.constexpr,
 ):  # fmt: skip
-    """As `kernels.attend._forward`; lists are padded to BLOCK, and `works` is tiles × heads of keys × PARTS × batch."""
+    """As `kernels.attend._forward`; lists are padded to BLOCK, and `works` is tiles × heads of keys × PARTS × batch,
+    `far` is `is_far`."""
     TYPE: gl.constexpr = q.dtype.element_ty
     OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], TYPE)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -273,7 +299,7 @@ def attend_tiles(
         mbarrier.init(empty_v.index(i), count=2)
     fence_async_shared()
     barriers = (ready_q, empty_q, ready_k, empty_k, ready_v, empty_v)
-    sizes = (first, length, num_keys, capacity, tiles, works)
+    sizes = (first, length, num_keys, capacity, tiles, works, far)
     gl.warp_specialize(
         [
             (_compute, (counts, out, lse, scale, sizes, rings, barriers, 0, HEADS, KV_HEADS, D, TILE, PART, PARTS,

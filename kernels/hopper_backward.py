@@ -171,7 +171,7 @@ def _compute(
 @gluon.jit
 def gradient_tiles(
     q, k, v, list_keys, list_words, counts, grad, lse, delta, dq, dk, dv, scale, first, length, num_keys, capacity,
-    tiles, works,
+    tiles, works, far,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
     PARTS: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, COMPUTE: gl.constexpr,
     LOAD: gl.constexpr, ADD: gl.constexpr,
@@ -214,7 +214,7 @@ def gradient_tiles(
     fence_async_shared()
     of_loads, of_sums = (ready_q, empty_q, ready, empty), (ready_made, empty_made)
     barriers = (ready_q, empty_q, ready, empty, handed, taken, ready_made, empty_made)
-    sizes = (first, length, num_keys, capacity, tiles, works)
+    sizes = (first, length, num_keys, capacity, tiles, works, far)
     gl.warp_specialize(
         [
             (_compute, (counts, lse, delta, dq, scale, sizes, rings, made, barriers, 0, TYPE, HEADS, KV_HEADS, D,

@@ -1,7 +1,7 @@
 """Marks of a selection on sm_90: every score against a bound, and those above it written down.
 
-It computes what `kernels.scan.mark` does. A program takes 128 or 256 queries and walks past their keys: one warp
-copies, and groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
+It computes what `kernels.scan.mark` does. A program takes 128 queries and walks past their keys: one warp copies, and
+two or four groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
 are marked, so a thread puts those it holds of a query into shared memory, notes in a word which are marked, reserves
 room for as many in the query's list, and then takes these alone out again. To store each score under a predicate took
 two thirds longer: such stores wait for one another's registers.
@@ -20,17 +20,14 @@ from kernels.hopper import takes as hopper_takes
 from kernels.scan import ENTROPY, NOTHING, REACHED, VARIANCE
 from kernels.scores import FORCED, RELU, SIGMOID
 
-TILE = 256  # queries of a program at most
+TILE = 128  # queries of a program
 BLOCK = gl.constexpr(64)  # keys that a group of warps scores at once
 WIDTH = 512  # of a query with all its heads, at most: what fits beside the keys in shared memory
-SHARED = 227 * 2**10 - 34 * 2**10 - 2**10  # bytes for queries and keys: all but what `_stash` has, and barriers
-# As it was fastest on an H100: 64 queries each on so many sides of a walk, groups of warps that share its blocks between
-# them on each side, and registers as in `kernels.hopper`. Sums want more registers, and one group to see all keys. Where
-# there are programs enough, more queries to a program read keys from the L2 cache half as often.
-PLAIN = {"SIDES": 2, "PARTS": 2, "COMPUTE": 112, "LOAD": 32, "num_warps": 4, "maxnreg": 96}
-WIDE = PLAIN | {"SIDES": 4, "PARTS": 1}
-MANY = 2**15  # queries from which on it is WIDE
-SUMMING = {"SIDES": 2, "PARTS": 1, "COMPUTE": 240, "LOAD": 24, "num_warps": 4, "maxnreg": 168}
+SHARED = 227 * 2**10 - 33 * 2**10 - 2**10  # bytes for queries and keys: all but what `_stash` has, and barriers
+# As it was fastest on an H100: groups of warps that share a walk's blocks between them, and registers as in
+# `kernels.hopper`. Sums want more registers, and one group to see all keys.
+PLAIN = {"PARTS": 2, "COMPUTE": 112, "LOAD": 32, "num_warps": 4, "maxnreg": 96}
+SUMMING = {"PARTS": 1, "COMPUTE": 240, "LOAD": 24, "num_warps": 4, "maxnreg": 168}
 
 
 def takes(q: Tensor, k: Tensor) -> bool:
@@ -38,18 +35,10 @@ def takes(q: Tensor, k: Tensor) -> bool:
     return q.dtype == k.dtype and q.shape[2] * q.shape[3] <= WIDTH and hopper_takes(q, k)
 
 
-def held_blocks(width: int, size: int, tile: int) -> int:
-    """How many blocks of keys there is room for beside a tile of queries so wide: 8 at most, and an even number."""
-    blocks: int = (SHARED - 2 * tile * width) // (2 * BLOCK.value * size)
+def held_blocks(width: int, size: int) -> int:
+    """How many blocks of keys there is room for beside queries so wide: 8 at most, and an even number."""
+    blocks: int = (SHARED - 2 * TILE * width) // (2 * BLOCK.value * size)
     return min(blocks // 2 * 2, 8)
-
-
-def launch(q: Tensor, given: bool) -> dict[str, int]:
-    """How `mark` is launched for indexer queries [B, R, H, d], whose numbers of keys are `given` or depend on sums."""
-    if not given:
-        return SUMMING
-    room = held_blocks(q.shape[2] * q.shape[3], q.shape[3], 64 * WIDE["SIDES"]) >= 4
-    return WIDE if room and q.shape[1] >= MANY else PLAIN
 
 
 def mark_tiles(
@@ -74,9 +63,8 @@ def mark_tiles(
         options: how `mark` is launched.
     """
     q, k, weights, biases, starts, lasts = inputs
-    tile = 64 * options["SIDES"]
-    stages = held_blocks(q.shape[2] * q.shape[3], q.shape[3], tile)
-    queries, keys = rows_of(q, tile), rows_of(k[:, :, None], BLOCK.value)
+    stages = held_blocks(q.shape[2] * q.shape[3], q.shape[3])
+    queries, keys = rows_of(q, TILE), rows_of(k[:, :, None], BLOCK.value)
     mark[(walks.shape[1], len(q))](
         queries, keys, weights, biases, starts, lasts, walks, bounds, ceilings, *written, *controls, q.shape[1],
         k.shape[1], *forced, STAGES=stages, **options,
@@ -92,7 +80,7 @@ def _walk(walks, tile, batch):
 
 @gluon.jit
 def _load(
-    q, k, walks, sizes, memory, HEADS: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr
+    q, k, walks, sizes, memory, HEADS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     queries, keys, _, barriers = memory
     ready_q, ready_k, empty_k, _ = barriers
@@ -101,7 +89,7 @@ def _load(
     first, end, _, _ = _walk(walks, tile, batch)
     mbarrier.expect(ready_q, HEADS * q.block_type.nbytes)
     for j in gl.static_range(HEADS):
-        copy_tile(q, [batch * num_rows + tile * 64 * SIDES, j * q.block_type.shape[1]], ready_q, queries.index(j))
+        copy_tile(q, [batch * num_rows + tile * 128, j * q.block_type.shape[1]], ready_q, queries.index(j))
     stage, phase = gl.to_tensor(0), gl.to_tensor(1)
     for i in range(first, end, BLOCK):
         mbarrier.wait(empty_k.index(stage), phase)
@@ -122,16 +110,17 @@ def _stash_asm(place, values, first):
 
 
 @gluon.constexpr_function
-def _write_asm(group, sides):
+def _write_asm(group):
     """PTX of `_write`: the 16 values that a thread has of each of two queries, two of each eight columns.
 
     Where they are of the product that makes them, it knows from its number: that takes no registers between products.
-    Value 2b + o, of column 8b + o, has bits 16·o + 2b and the one above it in a word, and in the stash place b % 4 of quad 2·o + b // 4.
+    Value 2b + o, of column 8b + o, has bits 16·o + 2b and the one above it in a word, and in the stash place b % 4 of
+    quad 2·o + b // 4.
     """
     names = ("scale0", "shift0", "scale1", "shift1", "end", "stash", "block", "room", "num_keys", "base", "words")
     given = {name: f"${48 + 16 * i}" for i, name in enumerate(names)}
     stash, block = given["stash"], given["block"]
-    counts = 32768 + group % sides * 256
+    counts = 32768 + group % 2 * 256
     quads = [(group * 8192 + i * 2048, [8 * (i % 2) + 2 * j + i // 2 for j in range(4)]) for i in range(4)]
     lines = [
         "{ .reg .pred p, two; .reg .f32 over; .reg .b32 t, n, id, slot, at, query, column, key, keep, x, y, i, j;",
@@ -152,7 +141,7 @@ def _write_asm(group, sides):
             "mad.lo.u32 x, y, 65536, x; shr.u32 n, x, 1;",
             f"lop3.b32 sure{half}, x, n, 0x55555555, 0x20;",  # a & ~b & c
             f"lop3.b32 mask{half}, x, n, 0x55555555, 0x02;",  # ~a & ~b & c
-            f"popc.b32 n, sure{half}; setp.ne.u32 p, n, 0; @p red.shared.add.u32 [at + {counts + 1024 + 32 * half}], n;",
+            f"popc.b32 n, sure{half}; setp.ne.u32 p, n, 0; @p red.shared.add.u32 [at + {counts + 512 + 32 * half}], n;",
             f"popc.b32 n, mask{half}; atom.shared.add.u32 first{half}, [at + {counts + 32 * half}], n;",
         ]
         if half == 0:
@@ -209,7 +198,7 @@ def _write_constraints():
 
 
 @gluon.jit
-def _write(values, scales, shifts, ends, stash, sizes, bases, GROUP: gl.constexpr, SIDES: gl.constexpr):
+def _write(values, scales, shifts, ends, stash, sizes, bases, GROUP: gl.constexpr):
     """Write down, and count, scores of which scale · score + shift is in [0, 2), and set the bits of those from 2 on.
 
     Args:
@@ -221,7 +210,7 @@ def _write(values, scales, shifts, ends, stash, sizes, bases, GROUP: gl.constexp
     """
     block, room, num_keys = sizes
     gl.inline_asm_elementwise(
-        _write_asm(GROUP, SIDES),
+        _write_asm(GROUP),
         _write_constraints(),
         [
             values[0],
@@ -246,10 +235,10 @@ def _write(values, scales, shifts, ends, stash, sizes, bases, GROUP: gl.constexp
 
 @gluon.jit
 def _stash(zero):
-    """The address of shared memory beside the compiler's: 8 KiB of scores for each of four groups, then for each of 256
+    """The address of shared memory beside the compiler's: 8 KiB of scores for each of four groups, then for each of 128
     queries the number of its marks, and then of those of its keys that are sure."""
     return gl.inline_asm_elementwise(
-        "{ .shared .align 1024 .b8 stash[34816]; mov.u32 $0, stash; add.u32 $0, $0, $1; }",
+        "{ .shared .align 1024 .b8 stash[33792]; mov.u32 $0, stash; add.u32 $0, $0, $1; }",
         "=r,r", [zero], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -259,7 +248,7 @@ def _forget(row, stash):
     """Set the counts of queries to 0."""
     gl.inline_asm_elementwise(
         "{ .reg .b32 at; mad.lo.u32 at, $1, 4, $2; mov.b32 $0, 0; st.shared.b32 [at], $0; "
-        "st.shared.b32 [at + 1024], $0; }",
+        "st.shared.b32 [at + 512], $0; }",
         "=r,r,r", [row, stash], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -365,10 +354,10 @@ def _sum(scores, visible, forced, number, a, b, c, tau, threshold, SUM: gl.const
 def _compute(
     tensors, sizes, scalars, memory,
     GROUP: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
-    SUM: gl.constexpr, STAGES: gl.constexpr, SIDES: gl.constexpr, PARTS: gl.constexpr,
+    SUM: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    SIDE: gl.constexpr = GROUP % SIDES
-    PART: gl.constexpr = GROUP // SIDES
+    SIDE: gl.constexpr = GROUP % 2
+    PART: gl.constexpr = GROUP // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -380,7 +369,7 @@ def _compute(
     tile, batch = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1).to(gl.int64)
     first, end, inner, outer = _walk(walks, tile, batch)
     in_side = gl.arange(0, 64, layout=ROW)
-    query = (tile * SIDES + SIDE) * 64 + in_side
+    query = (tile * 2 + SIDE) * 64 + in_side
     real = query < num_rows
     row = batch * num_rows + query
     scale, shift = _line(bounds + row, ceilings + row, real)
@@ -396,9 +385,9 @@ def _compute(
                 offset = gl.load(biases + j).to(gl.float32) * half
         gates = gates + (gate,)
         offsets = offsets + (offset,)
-    padded = gl.num_programs(0) * 64 * SIDES
-    base = marks.to(gl.int64) + (batch * padded + (tile * SIDES + SIDE) * 64) * room * 8
-    word_base = words.to(gl.int64) + (batch * word_stride + (tile * SIDES + SIDE).to(gl.int64) * 2 * num_keys) * 4
+    padded = gl.num_programs(0) * 128
+    base = marks.to(gl.int64) + (batch * padded + (tile * 2 + SIDE) * 64) * room * 8
+    word_base = words.to(gl.int64) + (batch * word_stride + (tile * 2 + SIDE).to(gl.int64) * 2 * num_keys) * 4
     end_of = gl.where(query // 16 * 16 < num_rows, end, 0)
     ends = _halves(end_of[:, None] + gl.zeros([64, BLOCK], gl.int32, LAYOUT))
     scales = _halves(scale[:, None] + gl.zeros([64, BLOCK], gl.float32, LAYOUT))
@@ -422,7 +411,7 @@ def _compute(
                 number, a, b, c = _sum(scores, scores, scores, number, a, b, c, tau, threshold, SUM, False)
         else:
             # at the edges only, so as to take no registers between them
-            at_edge = unknown_zero(i) + (tile * SIDES + SIDE) * 64 + in_side
+            at_edge = unknown_zero(i) + (tile * 2 + SIDE) * 64 + in_side
             there = at_edge < num_rows
             start = gl.load(starts + batch * num_rows + at_edge, mask=there, other=2147483647)
             last = gl.load(lasts + batch * num_rows + at_edge, mask=there, other=-1)
@@ -433,12 +422,12 @@ def _compute(
                 number, a, b, c = _sum(scores, visible, forced, number, a, b, c, tau, threshold, SUM, True)
             scores = gl.where(forced, FORCED, gl.where(visible, scores, float("-inf")))
         values = _halves(scores)
-        _write(values, scales, shifts, ends[0], stash, (i, room, num_keys), (base, word_base), GROUP, SIDES)
+        _write(values, scales, shifts, ends[0], stash, (i, room, num_keys), (base, word_base), GROUP)
     mbarrier.arrive(done.index(SIDE))
     if PART == 0:
         mbarrier.wait(done.index(SIDE), 0)
         gl.store(counts + batch * padded + query, _held(in_side, stash + 32768 + SIDE * 256))
-        gl.store(sures + batch * padded + query, _held(in_side, stash + 33792 + SIDE * 256))
+        gl.store(sures + batch * padded + query, _held(in_side, stash + 33280 + SIDE * 256))
     if SUM == VARIANCE:
         a = b / gl.maximum(number, 1.0)
     if SUM == ENTROPY:
@@ -452,39 +441,39 @@ def mark(
     q, k, weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums,
     room, tau, threshold, num_rows, num_keys, local, sink,
     KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr, SUM: gl.constexpr,
-    STAGES: gl.constexpr, SIDES: gl.constexpr, PARTS: gl.constexpr, COMPUTE: gl.constexpr, LOAD: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, COMPUTE: gl.constexpr, LOAD: gl.constexpr,
 ):  # fmt: skip
     """Marks [B, R, room] of each query and their number, counts [B, R], which exceeds `room` where they are cut; in
     `words`, which are 0 before, the bits of keys that reach its ceiling, and their number, sures [B, R].
 
-    R is rounded up to 64 · SIDES here.
+    R is rounded up to 128 here.
     """
-    OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64 * SIDES, D], q.dtype)
+    OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], q.dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = gl.allocate_shared_memory(q.dtype, [HEADS, 64 * SIDES, D], OPERAND)
+    queries = gl.allocate_shared_memory(q.dtype, [HEADS, 128, D], OPERAND)
     keys = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK, D], OPERAND)
     ready_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    done = gl.allocate_shared_memory(gl.int64, [SIDES, 1], BARRIER)
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     mbarrier.init(ready_q, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready_k.index(i), count=1)
-        mbarrier.init(empty_k.index(i), count=SIDES)
-    for i in gl.static_range(SIDES):
+        mbarrier.init(empty_k.index(i), count=2)
+    for i in gl.static_range(2):
         mbarrier.init(done.index(i), count=PARTS)
     fence_async_shared()
     stash = _stash(gl.to_tensor(0))
-    _forget(gl.arange(0, 256, layout=gl.BlockedLayout([2], [32], [4], [0])), stash + 32768)
+    _forget(gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0])), stash + 32768)
     tensors = (weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums)
     scalars = (room, tau, threshold)
     sizes, memory = (num_rows, num_keys, local, sink), (queries, keys, stash, (ready_q, ready_k, empty_k, done))
-    if SIDES * PARTS == 2:
+    if PARTS == 1:
         gl.warp_specialize(
             [
-                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
-                (_load, (q, k, walks, sizes, memory, HEADS, STAGES, SIDES)),
+                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
+                (_load, (q, k, walks, sizes, memory, HEADS, STAGES)),
             ],
             [4, 1],
             [COMPUTE, LOAD],
@@ -492,11 +481,11 @@ def mark(
     else:
         gl.warp_specialize(
             [
-                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 2, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
-                (_compute, (tensors, sizes, scalars, memory, 3, KIND, HEADS, D, RAW, SUM, STAGES, SIDES, PARTS)),
-                (_load, (q, k, walks, sizes, memory, HEADS, STAGES, SIDES)),
+                (_compute, (tensors, sizes, scalars, memory, 0, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 1, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 2, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
+                (_compute, (tensors, sizes, scalars, memory, 3, KIND, HEADS, D, RAW, SUM, STAGES, PARTS)),
+                (_load, (q, k, walks, sizes, memory, HEADS, STAGES)),
             ],
             [4, 4, 4, 1],
             [COMPUTE, COMPUTE, COMPUTE, LOAD],

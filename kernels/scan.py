@@ -37,7 +37,7 @@ NOTHING, VARIANCE, ENTROPY, REACHED = tl.constexpr(0), tl.constexpr(1), tl.const
 def prepare(
     starts, lasts, given, out_starts, out_lasts, wanted, ranks, tops, ceilings, ends, walks, start_stride, last_stride,
     given_stride, num_rows, num_words, num_tiles, most, k_min, k_max, local, sink, room, stride,
-    SIGMAS: tl.constexpr, GIVEN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    SIGMAS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each query, before a score is known: see `kernels.best`. With fewer keys than `room` there is no bound."""
     batch = tl.program_id(1).to(tl.int64)
@@ -65,12 +65,12 @@ def prepare(
     word = tl.program_id(0) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
     end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // 32, 32)), 1)
     tl.store(ends + batch * num_words + word, end, mask=word < num_words)
-    # of tiles: where their walk begins and ends, and between which keys all may choose and none must
-    tile = tl.program_id(0) * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
-    end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // TILE, TILE)), 1)
-    first = tl.min(tl.reshape(tl.where(real, start, 2147483647), (BLOCK // TILE, TILE)), 1)
-    inner = tl.max(tl.reshape(tl.where(real, start, 0), (BLOCK // TILE, TILE)), 1) + sink
-    outer = tl.min(tl.reshape(tl.where(real, last, 2147483647), (BLOCK // TILE, TILE)), 1) + 1 - local
+    # of tiles of 128: where their walk begins and ends, and between which keys all may choose and none must
+    tile = tl.program_id(0) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+    end = tl.max(tl.reshape(tl.where(real, last + 1, 0), (BLOCK // 128, 128)), 1)
+    first = tl.min(tl.reshape(tl.where(real, start, 2147483647), (BLOCK // 128, 128)), 1)
+    inner = tl.max(tl.reshape(tl.where(real, start, 0), (BLOCK // 128, 128)), 1) + sink
+    outer = tl.min(tl.reshape(tl.where(real, last, 2147483647), (BLOCK // 128, 128)), 1) + 1 - local
     walk = walks + (batch * num_tiles + tile) * 4
     tl.store(walk, tl.minimum(first, end), mask=tile < num_tiles)
     tl.store(walk + 1, end, mask=tile < num_tiles)

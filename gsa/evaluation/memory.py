@@ -237,7 +237,7 @@ def _lists(shapes: Shapes, layer: AttentionConfig) -> int:
     listed = sum(shapes.batch * queries // tile * min(most * tile, shapes.length) * entry for tile in tiles)
     plan = Sampling.of(most, shapes.length, rule.controller == "given")
     scored = min(marked_at_once(shapes.batch, shapes.length, plan.room), shapes.length)
-    again = shapes.batch * plan.places * shapes.length * FLOAT
+    again = shapes.batch * plan.places(scored) * shapes.length * FLOAT
     sampled = shapes.batch * scored * max(plan.room * entry, shapes.length // plan.stride * FLOAT) + again
     gradients = shapes.tokens * 2 * layer.num_kv_heads * layer.head_dim * FLOAT
     return max(listed + gradients, sampled if layer.sparse else 0)

@@ -82,7 +82,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (windows._spread, {"BLOCK": 1024}, four),
         (dense_divergence._busy, {}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
-        (scan.prepare, {"SIGMAS": 3, "GIVEN": True, "TILE": 128, "BLOCK": 256}, four),
+        (scan.prepare, {"SIGMAS": 3, "GIVEN": True, "BLOCK": 256}, four),
         (scan.bound, {"TILE": 32, "P": 4096}, {"num_warps": 2}),
         *(
             (choose.choose, {"P": p, "REST": p // 2}, {"num_warps": p // 512, "maxnreg": 96})
@@ -161,9 +161,9 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
             )
         if tuned:
             width = shape["HEADS"] * shape["D"]
-            for launch, sums in ((marks.PLAIN, (0,)), (marks.WIDE, (0,)), (marks.SUMMING, (1, 2, 3))):
+            for launch, sums in ((marks.PLAIN, (0,)), (marks.SUMMING, (1, 2, 3))):
                 constants, options = parted(launch)
-                stages = marks.held_blocks(width, shape["D"], 64 * launch["SIDES"])
+                stages = marks.held_blocks(width, shape["D"])
                 constants |= {name: shape[name] for name in ("HEADS", "D", "KIND")} | {"STAGES": stages}
                 found += [(marks.mark, {**constants, "RAW": shape["RAW"] and not x, "SUM": x}, options) for x in sums]
     return found
@@ -202,9 +202,7 @@ def compile_one(
 def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
     if kernel in (dense_divergence._divergence, marks.mark) and name in ("q", "k", "index_q", "index_k"):
-        rows = 128
-        if kernel is marks.mark:
-            rows = marks.BLOCK.value if name == "k" else 64 * constants["SIDES"]
+        rows = marks.BLOCK.value if kernel is marks.mark and name == "k" else 128
         block = [rows, constants["INDEX_D" if name.startswith("index") else "D"]]
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
     if name == "marks":
