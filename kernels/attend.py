@@ -23,7 +23,7 @@ from kernels import hopper, hopper_backward
 from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
-from kernels.support import INTERPRET, runs_triton, tuned
+from kernels.support import INTERPRET, cdiv, next_power_of_2, runs_triton, tuned
 from kernels.unions import causal_ends, queries_at_once, unions
 from kernels.words import WORD, unpack
 
@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, group: int, rows: int) -> "Tiles":
-        heads = min(triton.next_power_of_2(group), rows)
+        heads = min(next_power_of_2(group), rows)
         return cls(min(WORD, rows // heads), heads, -(-group // heads))
 
     @classmethod
@@ -171,7 +171,7 @@ def attend_backward(
     scale = 1 / math.sqrt(size)
     dq, delta = torch.empty_like(q), torch.empty(batch, length, heads, dtype=torch.float32, device=q.device)
     if delta.numel():
-        _products[(triton.cdiv(delta.numel(), 64),)](grad, out.contiguous(), delta, delta.numel(), D=size, ROWS=64)
+        _products[(cdiv(delta.numel(), 64),)](grad, out.contiguous(), delta, delta.numel(), D=size, ROWS=64)
     norms = [delta.new_zeros(())] * 3
     if deterministic and q.numel() and k.numel():
         norms = [x.float().norm(dim=-1).amax() for x in (grad, q, v)]

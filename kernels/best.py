@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels import choose, marks, scan
 from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, unordered
 from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.scores import KINDS
-from kernels.support import INTERPRET, runs_triton, tuned
+from kernels.support import INTERPRET, cdiv, next_power_of_2, runs_triton, tuned
 from kernels.unions import queries_at_once, unions
 from kernels.words import WORD, pack, unpack
 
@@ -152,7 +151,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     num_keys, device = scores.k.shape[1], words.device
     listed, given = candidates is not None, rule.controller == "given"
     plan = Sampling.of(most, num_keys, given)
-    samples = triton.cdiv(num_keys, plan.stride)
+    samples = cdiv(num_keys, plan.stride)
     launch = Launch.of(scores, rule, listed, plan)
     forced = (rule.local_window, rule.sink_tokens)
     step = marked_at_once(batch, rows, plan.room)
@@ -165,7 +164,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
     for part in _parts(rows, step):
         in_words = slice(part.start // WORD, -(-part.stop // WORD))
         chosen, count = words[:, in_words], part.stop - part.start
-        grid = (triton.cdiv(count, WORD), batch)
+        grid = (cdiv(count, WORD), batch)
         lists: tuple[Tensor, Tensor, Tensor] = (words, words, words)  # not read
         open_ = None if candidates is None else candidates(part).contiguous()
         if open_ is not None:
@@ -182,10 +181,10 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             )
             scan.bound[(count, batch)](
                 sampled, lengths, ranks[:, part].contiguous(), tops[:, part].contiguous(), bounds, highest, count,
-                samples, grid[0], TILE=WORD, P=triton.next_power_of_2(samples), num_warps=2,
+                samples, grid[0], TILE=WORD, P=next_power_of_2(samples), num_warps=2,
             )  # fmt: skip
             del sampled
-        tiles = triton.cdiv(count, marks.TILE)
+        tiles = cdiv(count, marks.TILE)
         padded = tiles * marks.TILE
         marked = torch.empty(batch, padded, plan.room, dtype=torch.int64, device=device)
         counts, sures = torch.empty(2, batch, padded, dtype=torch.int32, device=device)
@@ -214,16 +213,16 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
         choose.choose[(count, batch)](*best_of, **launch.choose)
         if plan.room > launch.choose["P"] + launch.choose["REST"]:
             long: Options = {"ROWS": 32, "P": 16 if INTERPRET else 1024, "num_warps": 4}
-            choose.choose_long[(triton.cdiv(count, 32), batch)](*best_of, **long)
+            choose.choose_long[(cdiv(count, 32), batch)](*best_of, **long)
         num_places = plan.places(count)
         if num_places:
             places = torch.full((batch, num_places), -1, dtype=torch.int32, device=device)
             taken, block = torch.full((batch,), -1, dtype=torch.int32, device=device), 16 if INTERPRET else 1024
-            choose.single_out[(triton.cdiv(count, block), batch)](states, places, taken, count, num_places, BLOCK=block)
+            choose.single_out[(cdiv(count, block), batch)](states, places, taken, count, num_places, BLOCK=block)
             values = scores_of_few(inputs, open_, _shape(scores, rule), places)
             limits = Limits(*forced, 0, num_keys)
             choose_few(values, inputs[-2], inputs[-1], want, limits, chosen, words.stride(0), places)
-        choose.search[(triton.cdiv(count, 16), batch)](
+        choose.search[(cdiv(count, 16), batch)](
             *inputs, *lists, bounds, want, chosen, words.stride(0), states, *forced, count, num_keys, capacity, M=16,
             **launch.search,
         )  # fmt: skip
@@ -238,9 +237,9 @@ def _prepared(asked: Asked, rule: Rule, most: int, plan: "Sampling") -> tuple[Te
     given = [x if x.stride(1) == 1 else x.contiguous() for x in (asked.starts, asked.lasts, asked.wanted)]
     found = torch.empty(5, batch, rows, dtype=torch.int32, device=asked.lasts.device)
     ceilings = torch.empty(batch, rows, dtype=torch.float32, device=found.device)
-    ends = torch.empty(batch, triton.cdiv(rows, WORD), dtype=torch.int32, device=found.device)
-    walks = torch.empty(batch, triton.cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
-    scan.prepare[(triton.cdiv(rows, 8 * WORD), batch)](
+    ends = torch.empty(batch, cdiv(rows, WORD), dtype=torch.int32, device=found.device)
+    walks = torch.empty(batch, cdiv(rows, marks.TILE), 4, dtype=torch.int32, device=found.device)
+    scan.prepare[(cdiv(rows, 8 * WORD), batch)](
         *given, *found, ceilings, ends, walks, *(x.stride(0) for x in given), rows, ends.shape[1], walks.shape[1], most,
         rule.k_min, rule.k_max, rule.local_window, rule.sink_tokens, plan.room, plan.stride, SIGMAS=plan.sigmas,
         GIVEN=rule.controller == "given", BLOCK=8 * WORD,
@@ -280,7 +279,7 @@ def _shape(scores: Scores, rule: Rule) -> Options:
     """What a kernel's code depends on."""
     heads, size = scores.q.shape[2:]
     return {
-        "KIND": KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(triton.next_power_of_2(size), 16),
+        "KIND": KINDS[rule.kind], "HEADS": heads, "D": size, "DP": max(next_power_of_2(size), 16),
         "FAST": not INTERPRET, "RAW": heads == 1 and rule.controller == "given", "N": 16 if INTERPRET else 128,
     }  # fmt: skip
 
@@ -311,7 +310,7 @@ class Launch(NamedTuple):
             roles |= marks.PLAIN if given else marks.SUMMING
             roles |= {"SUM": scan.SUMS[rule.controller]}
         mark = wide if one_head or INTERPRET else wide | {"N": 64}
-        p = min(max(triton.next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
+        p = min(max(next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
         chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
         if not INTERPRET:
             chosen["maxnreg"] = 96  # ptxas makes 80 of it on sm_90: three programs of 4096 at a time
@@ -329,7 +328,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, most: int, num_keys: int, given: bool) -> "Sampling":
-        stride = max(triton.next_power_of_2(most) // 128, triton.next_power_of_2(triton.cdiv(num_keys, SAMPLES)), 4)
+        stride = max(next_power_of_2(most) // 128, next_power_of_2(cdiv(num_keys, SAMPLES)), 4)
         sigmas = LIKELY if num_keys >= MANY else SURE
         spread = sigmas * math.sqrt(most / stride) + 2
         between = (most / stride + spread) * 17 / 16  # what `scan.bound` allows itself
@@ -340,4 +339,4 @@ class Sampling(NamedTuple):
 
     def places(self, rows: int) -> int:
         """For how many of `rows` queries there is room whose bounds fail."""
-        return triton.cdiv(rows, OF_ONE_PLACE) if self.sigmas < SURE else 0
+        return cdiv(rows, OF_ONE_PLACE) if self.sigmas < SURE else 0

@@ -23,6 +23,7 @@ from kernels.hopper import advance, chosen, copy_tile, rows_of
 from kernels.hopper import takes as hopper_takes
 from kernels.rule import Scores
 from kernels.scores import KINDS
+from kernels.support import cdiv
 
 TILE = 128  # queries, and keys of a block
 RUN = 16  # blocks of one program
@@ -47,8 +48,8 @@ def _sums(q: Tensor, k: Tensor, lse: Tensor, words: Tensor, scores: Scores, kind
     """Σ p log p, Σ p · logit, Σ p of the attention and log Σ exp(logit) of each run of keys and query, [4, N, B, T]."""
     batch, length, heads, size = q.shape
     num_keys, (index_heads, index_size) = k.shape[1], scores.q.shape[2:]
-    blocks = triton.cdiv(num_keys, TILE)
-    tiles, runs = triton.cdiv(length, TILE), triton.cdiv(blocks, RUN)
+    blocks = cdiv(num_keys, TILE)
+    tiles, runs = cdiv(length, TILE), cdiv(blocks, RUN)
     busy = torch.empty(batch, tiles, blocks, dtype=torch.int32, device=q.device)
     sums = torch.empty(4, runs, batch, length, dtype=torch.float32, device=q.device)
     if sums.numel():

@@ -21,7 +21,7 @@ from kernels import dense_divergence
 from kernels.gradient import Gradient, add
 from kernels.rule import Scores, scores_definition
 from kernels.scores import KINDS, sigmoid
-from kernels.support import INTERPRET, runs_triton, tuned
+from kernels.support import INTERPRET, next_power_of_2, runs_triton, tuned
 from kernels.target import RUNS, base_two, queries_of_targets, run_of, target_definition, targets, unit_of
 from kernels.unions import causal_ends, unions
 from kernels.words import WORD, unpack
@@ -210,8 +210,8 @@ class _Walk:
         )  # fmt: skip
         self.scalars = (1 / math.sqrt(size), tau)
         self.shape = {
-            "KIND": KINDS[kind], "HEADS": index_heads, "PADDED": triton.next_power_of_2(index_heads), "D": size,
-            "DP": max(triton.next_power_of_2(size), 16), "FAST": not INTERPRET,
+            "KIND": KINDS[kind], "HEADS": index_heads, "PADDED": next_power_of_2(index_heads), "D": size,
+            "DP": max(next_power_of_2(size), 16), "FAST": not INTERPRET,
         }  # fmt: skip
 
     def run(self, differentiates: bool, deterministic: bool) -> tuple[Tensor, Gradients]:

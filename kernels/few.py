@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scores import FORCED, number_kept, of_queries, ordered, score_block
+from kernels.support import cdiv
 
 FEW = 16  # queries of a row, at most
 DIGITS, BINS = 4, 256  # of 8 bits; Triton's histograms slow down with the number of bins
@@ -55,7 +56,7 @@ def scores_of_few(
     batch, rows, num_keys = q.shape[0], q.shape[1], k.shape[1]
     few = rows if places is None else places.shape[1]
     values = torch.empty(batch, few, num_keys, dtype=torch.int32, device=q.device)
-    grid = (triton.cdiv(num_keys, 4 * shape["N"]), triton.cdiv(few, FEW), batch)
+    grid = (cdiv(num_keys, 4 * shape["N"]), cdiv(few, FEW), batch)
     _score[grid](
         *inputs, values if open_ is None else open_, values, values if places is None else places, few, rows, num_keys,
         OPEN=open_ is None, SOME=places is not None, M=FEW, BLOCKS=4, num_warps=4, num_stages=3, **shape,
@@ -81,7 +82,7 @@ def choose_few(
     """
     batch, few, num_keys = values.shape
     counts = torch.zeros(batch, few, DIGITS, BINS, dtype=torch.int32, device=values.device)
-    grid = (triton.cdiv(num_keys, BLOCK), few, batch)
+    grid = (cdiv(num_keys, BLOCK), few, batch)
     common = (values, starts, lasts, wanted, values if places is None else places, *limits, counts)
     constants = {"SOME": places is not None, "DIGITS": DIGITS, "BLOCK": BLOCK, "BINS": BINS}
     for digit in range(DIGITS):

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.best import Candidates, best
 from kernels.few import FEW
 from kernels.rule import Asked, Rule, Scores
-from kernels.support import runs_triton
+from kernels.support import cdiv, runs_triton
 from kernels.words import WORD, pack, unpack
 
 
@@ -118,7 +118,7 @@ def _widen(words: Tensor, of_key: Tensor, near: Tensor, sinks: Tensor, asked: As
         return pack(_with_always(chosen, near, sinks, asked))
     out = torch.empty(batch, words.shape[1], num_keys, dtype=torch.int32, device=words.device)
     block = 1024
-    _widen_kernel[(words.shape[1], triton.cdiv(num_keys, block), batch)](
+    _widen_kernel[(words.shape[1], cdiv(num_keys, block), batch)](
         words, of_key.int(), near.int().contiguous(), sinks.int().contiguous(), asked.starts.int().contiguous(),
         asked.lasts.int().contiguous(), out, words.stride(0), rows, words.shape[2], num_keys, BLOCK=block,
     )  # fmt: skip

@@ -150,14 +150,14 @@ def _write_asm(group):
     # until each has those of 16 queries for two columns that are neighbours.
     lines.append("shl.b32 x, sure1, 1; or.b32 x, x, sure0;")
     # bit 16·o + 2b + h, of query 8h + r, becomes 16·o + 8h + b
-    for distance, bits in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0)):
-        lines.append(f"shr.u32 t, x, {distance}; lop3.b32 t, t, x, {bits}, 0x28;")  # (a ^ b) & c
+    for distance, mask in ((1, 0x22222222), (2, 0x0C0C0C0C), (4, 0x00F000F0)):
+        lines.append(f"shr.u32 t, x, {distance}; lop3.b32 t, t, x, {mask}, 0x28;")  # (a ^ b) & c
         lines.append(f"shl.b32 y, t, {distance}; lop3.b32 x, x, t, y, 0x96;")  # a ^ b ^ c
     # and then 16·o + 8h + r, of column 8b + o, where b is this thread's r
-    for lane, distance, bits in ((16, 4, 0x0F0F0F0F), (8, 2, 0x33333333), (4, 1, 0x55555555)):
+    for lane, distance, mask in ((16, 4, 0x0F0F0F0F), (8, 2, 0x33333333), (4, 1, 0x55555555)):
         lines.append(f"shfl.sync.bfly.b32 y, x, {lane}, 31, 0xFFFFFFFF;")
         lines.append(f"and.b32 t, id, {lane}; setp.ne.u32 p, t, 0; selp.b32 t, {32 - distance}, {distance}, p;")
-        lines.append(f"shf.l.wrap.b32 y, y, y, t; selp.b32 keep, {~bits & 0xFFFFFFFF}, {bits}, p;")
+        lines.append(f"shf.l.wrap.b32 y, y, y, t; selp.b32 keep, {mask ^ 0xFFFFFFFF}, {mask}, p;")
         lines.append("lop3.b32 x, x, y, keep, 0xE4;")  # (a & c) | (b & ~c)
     lines += [
         f"bfe.u32 y, id, 5, 2; bfe.u32 key, id, 2, 3; and.b32 n, id, 3; mad.lo.u32 column, n, 2, {block};",

@@ -87,7 +87,8 @@ def sample(
 ):  # fmt: skip
     """Scores of one of each `stride` elements, −inf where it may not be chosen: samples [B, R, num_samples].
 
-    Which one of them changes, so that what comes at a regular distance is in the sample as often as among the keys.
+    Which one of them changes, so that what comes at a regular distance is in the sample as often as among the keys; and
+    from tile to tile, so that a sample that misleads one query does not mislead all of its neighbours.
     """
     tile, batch = tl.program_id(0), tl.program_id(1)
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
@@ -98,7 +99,7 @@ def sample(
     bit = tl.arange(0, M)
     for i in range(0, count, N):
         place = i + tl.arange(0, N)
-        mixed = place.to(tl.uint32) * 2654435769
+        mixed = (place + tile * 40503).to(tl.uint32) * 2654435769
         element = first + place * stride + ((mixed >> 16) % stride.to(tl.uint32)).to(tl.int32)
         inside = element < end
         key, scores, open_ = score_block(

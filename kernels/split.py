@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.support import INTERPRET
+from kernels.support import INTERPRET, cdiv, next_power_of_2
 
 BLOCK = 4096  # words of a program
 PROGRAMS = 512  # enough to fill a GPU with some to spare
@@ -31,7 +31,7 @@ class Lists(NamedTuple):
 def lists_of_few(words: Tensor, rows: int, capacity: int) -> Lists:
     """List the keys of the first `rows` queries of `words` [B, 1, S]; none has more than `capacity`."""
     batch, _, num_keys = words.shape
-    blocks = triton.cdiv(num_keys, BLOCK)
+    blocks = cdiv(num_keys, BLOCK)
     partial = torch.empty(batch, rows, blocks, dtype=torch.int32, device=words.device)
     keys = torch.empty(batch, rows, capacity, dtype=torch.int32, device=words.device)
     counts = torch.empty(batch, rows, dtype=torch.int32, device=words.device)
@@ -39,7 +39,7 @@ def lists_of_few(words: Tensor, rows: int, capacity: int) -> Lists:
     _count[grid](words, partial, words.stride(0), num_keys, BLOCK=BLOCK)
     _list[grid](
         words, partial, keys, counts, words.stride(0), num_keys, capacity,
-        BLOCKS=triton.next_power_of_2(blocks), BLOCK=BLOCK,
+        BLOCKS=next_power_of_2(blocks), BLOCK=BLOCK,
     )  # fmt: skip
     return Lists(keys, counts)
 
@@ -49,13 +49,13 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int) -> tup
     batch, rows, heads, size = q.shape
     num_keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    padded = min(max(triton.next_power_of_2(group), 16), 64)
-    parts = triton.cdiv(group, padded)
+    padded = min(max(next_power_of_2(group), 16), 64)
+    parts = cdiv(group, padded)
     lists = lists_of_few(words, rows, max(most, 1))
     block = 16 if INTERPRET else 64
     fair = most * batch * rows * kv_heads * parts // PROGRAMS
-    step = min(max(triton.next_power_of_2(max(fair, 1)), block), 1024)
-    splits = triton.cdiv(max(most, 1), step)
+    step = min(max(next_power_of_2(max(fair, 1)), block), 1024)
+    splits = cdiv(max(most, 1), step)
     sums = torch.empty(batch * rows, heads, splits, size, dtype=torch.float32, device=q.device)
     logs = torch.empty(batch * rows, heads, splits, dtype=torch.float32, device=q.device)
     out, lse = torch.empty_like(q), torch.empty(batch, rows, heads, dtype=torch.float32, device=q.device)
@@ -65,7 +65,7 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, words: Tensor, most: int) -> tup
         ROUNDED=q.dtype != torch.float32, num_warps=4, num_stages=3,
     )  # fmt: skip
     _join[(batch * rows, heads)](
-        sums, logs, out, lse, splits, HEADS=heads, D=size, SPLITS=triton.next_power_of_2(splits), num_warps=4
+        sums, logs, out, lse, splits, HEADS=heads, D=size, SPLITS=next_power_of_2(splits), num_warps=4
     )
     return out, lse
 

@@ -38,3 +38,13 @@ def tuned(tensor: Tensor) -> bool:
     They want the registers and the shared memory of sm_90. Elsewhere smaller ones run, which fit any GPU from sm_80 on.
     """
     return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own, which its compiler can call too, takes microseconds: as long as an operation."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of two that is at least x, which is positive."""
+    return 1 << (x - 1).bit_length()

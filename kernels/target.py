@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import hopper, target_tiles
-from kernels.support import INTERPRET, tuned
+from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
 from kernels.unions import Unions, queries_at_once
 from kernels.words import WORD, unpack
 
@@ -65,9 +65,9 @@ def targets(q: Tensor, k: Tensor, logs: Tensor, lists: Unions, first: int) -> Te
     kind = torch.float32 if q.dtype == torch.float32 else torch.float16
     out = torch.empty(batch, tiles, capacity, WORD, dtype=kind, device=q.device)
     group = heads // kv_heads
-    part = min(triton.next_power_of_2(group), 4)
+    part = min(next_power_of_2(group), 4)
     shape = {
-        "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "PART": part, "PARTS": triton.cdiv(group, part),
+        "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "PART": part, "PARTS": cdiv(group, part),
         "WIDE": math.prod(k.shape[1:]) >= 2**31,
     }  # fmt: skip
     scale, unit = math.log2(math.e) / math.sqrt(size), 1 / (heads * unit_of(q))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.support import INTERPRET, runs_triton
+from kernels.support import INTERPRET, cdiv, runs_triton
 from kernels.words import WORD, pack, unpack
 
 BLOCK = 16 if INTERPRET else 1024  # keys of a program
@@ -70,9 +70,9 @@ def spread(words: Tensor, number: Tensor, firsts: Tensor, lasts: Tensor) -> Tens
         return spread_definition(words, number, firsts, lasts)
     batch, length = number.shape
     num_keys = words.shape[2]
-    out = torch.empty(batch, triton.cdiv(length, WORD), num_keys, dtype=torch.int32, device=words.device)
+    out = torch.empty(batch, cdiv(length, WORD), num_keys, dtype=torch.int32, device=words.device)
     if out.numel():
-        _spread[(out.shape[1], triton.cdiv(num_keys, BLOCK), batch)](
+        _spread[(out.shape[1], cdiv(num_keys, BLOCK), batch)](
             words.contiguous(), number.int().contiguous(), firsts.int().contiguous(), lasts.int().contiguous(), out,
             words.shape[1], length, num_keys, BLOCK=BLOCK,
         )  # fmt: skip
