@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import choose, marks, scan
+from kernels import rows as rows_
 from kernels.few import FEW, NOT_VISIBLE, Limits, choose_few, scores_of_few, unordered
 from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.scores import KINDS
@@ -57,7 +58,10 @@ def best(
     statistic = torch.zeros(batch, rows, dtype=torch.float32, device=words.device)
     find = _best_definition
     if runs_triton(scores.q):
-        find = _best_of_few if rows <= FEW else _best_triton
+        if rows <= FEW:
+            find = _best_of_few
+        else:
+            find = _best_of_rows if words.shape[2] <= rows_.ROOM else _best_triton
     if words.numel():
         find(Task(scores, asked, reference, rule, most, candidates), words, statistic)
     if rule.controller == "threshold":
@@ -265,6 +269,27 @@ def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
     choose_few(values, starts, lasts, wanted.int().contiguous(), limits, words, words.stride(0))
 
 
+def _best_of_rows(task: Task, words: Tensor, statistic: Tensor) -> None:
+    """What `_best_triton` does, for no more than `rows.ROOM` keys (`kernels.rows`)."""
+    scores, asked, reference, rule, _, candidates = task
+    num_keys = words.shape[2]
+    for part in _parts(asked.lasts.shape[1], queries_at_once(len(words), num_keys, rows_.PAIRS)):
+        open_ = None if candidates is None else candidates(part)
+        asked_here = asked.rows(part)
+        inputs = _inputs(scores.rows(part), asked_here.starts.int(), asked_here.lasts.int())
+        starts, lasts = inputs[-2:]
+        values = scores_of_few(inputs, open_, _shape(scores, rule), many=True)
+        wanted, limits = asked_here.wanted, Limits(rule.local_window, rule.sink_tokens, rule.k_min, rule.k_max)
+        if rule.controller != "given" or open_ is not None:
+            kind = scan.SUMS[rule.controller]
+            found, number = rows_.sums_of_rows(values, starts, lasts, limits, kind, rule.tau, rule.threshold)
+            statistic[:, part] = found
+            wanted = _number(asked_here, found, reference, rule, number)
+            limits = limits._replace(k_min=0, k_max=num_keys)
+        chosen = words[:, part.start // WORD : -(-part.stop // WORD)]
+        rows_.choose_rows(values, starts, lasts, wanted.int().contiguous(), limits, chosen, words.stride(0))
+
+
 def _inputs(scores: Scores, starts: Tensor, lasts: Tensor) -> tuple[Tensor, ...]:
     """What every kernel that scores takes first."""
     none = torch.empty(0, dtype=torch.float32, device=scores.q.device)
@@ -331,10 +356,12 @@ class Sampling(NamedTuple):
         stride = max(next_power_of_2(most) // 128, next_power_of_2(cdiv(num_keys, SAMPLES)), 4)
         sigmas = LIKELY if num_keys >= MANY else SURE
         spread = sigmas * math.sqrt(most / stride) + 2
-        between = (most / stride + spread) * 17 / 16  # what `scan.bound` allows itself
+        rank = most / stride + spread
+        between = rank * 17 / 16  # what `scan.bound` allows itself
         if given:
             between -= max(most / stride - spread - 1, 0) * 15 / 16
-        room = max(math.ceil(stride * (between + SURE * math.sqrt(between))), 64)
+        # also for all keys of a query that has too few for a sample of that rank
+        room = max(math.ceil(stride * (between + SURE * math.sqrt(between))), math.ceil(stride * (rank + 1)), 64)
         return cls(stride, sigmas, math.ceil(stride * between), min(room, num_keys))
 
     def places(self, rows: int) -> int:

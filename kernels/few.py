@@ -17,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scores import FORCED, number_kept, of_queries, ordered, score_block
-from kernels.support import cdiv
+from kernels.support import cdiv, tuned
 
 FEW = 16  # queries of a row, at most
+MANY = 64  # queries that a program scores where they are more
+BLOCKS = 4  # of keys that a program scores
 DIGITS, BINS = 4, 256  # of 8 bits; Triton's histograms slow down with the number of bins
 BLOCK = 4096  # scores of a program
 NOT_VISIBLE = -(2**31)
@@ -40,7 +42,11 @@ def unordered(values: Tensor) -> Tensor:
 
 
 def scores_of_few(
-    inputs: tuple[Tensor, ...], open_: Tensor | None, shape: dict[str, int | bool], places: Tensor | None = None
+    inputs: tuple[Tensor, ...],
+    open_: Tensor | None,
+    shape: dict[str, int | bool],
+    places: Tensor | None = None,
+    many: bool = False,
 ) -> Tensor:
     """`ordered` scores [B, N, S] int32 of N of R queries; `NOT_VISIBLE` where `open_` does not let one choose a key.
 
@@ -51,15 +57,21 @@ def scores_of_few(
         open_: words [B, ⌈R/32⌉, S]; `None`: all keys are open.
         shape: what the code depends on.
         places: which queries; `None`: all R.
+        many: whether N is large, and programs take many queries.
     """
     q, k = inputs[:2]
     batch, rows, num_keys = q.shape[0], q.shape[1], k.shape[1]
     few = rows if places is None else places.shape[1]
     values = torch.empty(batch, few, num_keys, dtype=torch.int32, device=q.device)
-    grid = (cdiv(num_keys, 4 * shape["N"]), cdiv(few, FEW), batch)
+    meta: dict[str, int | bool] = {"M": FEW, "num_warps": 4, "num_stages": 3} | shape
+    if many:
+        meta |= {"M": MANY, "num_warps": 8, "num_stages": 2}
+        several = 64 if tuned(q) else 32  # or registers do not suffice
+        meta["N"] = min(shape["N"], 128 if shape["HEADS"] == 1 else several)
+    grid = (cdiv(num_keys, BLOCKS * meta["N"]), cdiv(few, meta["M"]), batch)
     _score[grid](
         *inputs, values if open_ is None else open_, values, values if places is None else places, few, rows, num_keys,
-        OPEN=open_ is None, SOME=places is not None, M=FEW, BLOCKS=4, num_warps=4, num_stages=3, **shape,
+        OPEN=open_ is None, SOME=places is not None, BLOCKS=BLOCKS, **meta,
     )  # fmt: skip
     return values
 

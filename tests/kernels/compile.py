@@ -27,6 +27,7 @@ from kernels import (
     hopper_backward,
     levels,
     marks,
+    rows,
     scan,
     split,
     target,
@@ -57,6 +58,8 @@ INTEGERS |= {
     "taken",
     "tops",
     "sures",
+    "least",
+    "until",
 }
 FLOATS = {"biases", "bounds", "ceilings", "samples", "sums", "lse", "delta", "dweight", "dbias"}
 FLOATS |= {"negative_entropy", "expected", "mass", "losses"}
@@ -94,6 +97,17 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (split._list, {"BLOCK": 4096, "BLOCKS": 32}, four),
         (split._join, {"HEADS": 32, "D": 128, "SPLITS": 16}, four),
     ]
+    for num_keys in (1024, 4096, 8192):
+        constants, options = parted(rows.of_program(num_keys))
+        found.append((rows._find, constants, options | {"maxnreg": rows.REGISTERS}))
+        found += [(rows._sums, constants | {"SUM": kind}, options) for kind in range(4)]
+    found.append((rows._write, {"BLOCK": 256}, {"num_warps": 8}))
+    for shape in (ONE_HEAD, FOUR_HEADS):
+        of_block = {"M": few.MANY, "N": 128 if shape["HEADS"] == 1 else 64 if tuned else 32, "BLOCKS": 4, "SOME": False}
+        found += [
+            (few._score, {**shape, **of_block, "OPEN": open_}, {"num_warps": 8, "num_stages": 2})
+            for open_ in (False, True)
+        ]
     for some in (False, True):
         of_block = {"M": 16, "N": 128, "BLOCKS": 4, "SOME": some}
         options = {"num_warps": 4, "num_stages": 3}
