@@ -23,7 +23,7 @@ from kernels.scores import FORCED, RELU, SIGMOID
 TILE = 128  # queries of a program
 BLOCK = gl.constexpr(64)  # keys that a group of warps scores at once
 WIDTH = 512  # of a query with all its heads, at most: what fits beside the keys in shared memory
-SHARED = 227 * 2**10 - 33 * 2**10 - 2**10  # bytes for queries and keys: all but what `_stash` has, and barriers
+SHARED = 227 * 2**10 - 33 * 2**10 - 6 * 2**10  # bytes for queries and keys: all but `_stash`, weights and barriers
 # As it was fastest on an H100: groups of warps that share a walk's blocks between them, and registers as in
 # `kernels.hopper`. Sums want more registers, and one group to see all keys.
 PLAIN = {"PARTS": 2, "COMPUTE": 112, "LOAD": 32, "num_warps": 4, "maxnreg": 96}
@@ -82,7 +82,7 @@ def _walk(walks, tile, batch):
 def _load(
     q, k, walks, sizes, memory, HEADS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    queries, keys, _, barriers = memory
+    queries, keys, _, _, barriers = memory
     ready_q, ready_k, empty_k, _ = barriers
     num_rows, num_keys, local, sink = sizes
     tile, batch = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1)
@@ -289,21 +289,28 @@ def _halves(x):
 
 
 @gluon.jit
+def _gate(gates, j, SIDE: gl.constexpr, HEADS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The weights [64, 1] of head `j`, or their sum over heads where it is HEADS."""
+    gate = gates.index(SIDE * (HEADS + 1) + j).load(gl.SliceLayout(1, LAYOUT)) if HEADS > 1 else gates
+    return gate[:, None]
+
+
+@gluon.jit
 def _scores(
     queries, keys, gates, offsets,
     SIDE: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST. Of one head, queries are at hand."""
+    """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST.
+
+    Of one head, queries and gates are in registers; of several, in shared memory.
+    """
     nothing = gl.zeros([64, BLOCK], gl.float32, LAYOUT)
     zero = unknown_zero(gl.to_tensor(0))
     right = keys.permute((1, 0))
     scores = nothing
     if not RAW and KIND != RELU:
-        total = gates[0]
-        for j in gl.static_range(1, HEADS):
-            total += gates[j]
-        scores += total[:, None]
+        scores += _gate(gates, zero + HEADS, SIDE, HEADS, LAYOUT)
     for j in gl.static_range(HEADS):
         if HEADS == 1:
             product = warpgroup_mma(queries, right, nothing, use_acc=False)
@@ -313,9 +320,10 @@ def _scores(
             scores = product
         elif KIND == RELU:
             product = product * (1 / gl.sqrt(gl.to_tensor(float(D))))
-            scores += gl.where(product < 0, 0.0, product) * gates[j][:, None]  # NaN stays
+            scores += gl.where(product < 0, 0.0, product) * _gate(gates, zero + j, SIDE, HEADS, LAYOUT)  # NaN stays
         else:
-            scores += _tanh(product * (0.5 / gl.sqrt(gl.to_tensor(float(D)))) + offsets[j]) * gates[j][:, None]
+            sigmoid = _tanh(product * (0.5 / gl.sqrt(gl.to_tensor(float(D)))) + offsets[j])
+            scores += sigmoid * _gate(gates, zero + j, SIDE, HEADS, LAYOUT)
     if RAW and KIND == RELU:
         scores = gl.where(scores < 0, 0.0, scores)
     return scores
@@ -363,7 +371,7 @@ def _compute(
     COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums = tensors
     room, tau, threshold = scalars
-    queries, keys, stash, barriers = memory
+    queries, keys, held, stash, barriers = memory
     ready_q, ready_k, empty_k, done = barriers
     num_rows, num_keys, local, sink = sizes
     tile, batch = gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(1).to(gl.int64)
@@ -373,7 +381,7 @@ def _compute(
     real = query < num_rows
     row = batch * num_rows + query
     scale, shift = _line(bounds + row, ceilings + row, real)
-    gates, offsets = (), ()
+    gates, offsets, total = held, (), gl.zeros([64], gl.float32, ROW)
     half: gl.constexpr = 0.5 if KIND != RELU else 1.0  # as in `kernels.scores.of_queries`
     for j in gl.static_range(HEADS):
         gate = gl.full([64], half, gl.float32, ROW)
@@ -383,8 +391,14 @@ def _compute(
                 gate *= gl.load(weights + row * HEADS + j, mask=real, other=0.0).to(gl.float32)
             if KIND != RELU:
                 offset = gl.load(biases + j).to(gl.float32) * half
-        gates = gates + (gate,)
+        total += gate
         offsets = offsets + (offset,)
+        if HEADS > 1:
+            held.index(SIDE * (HEADS + 1) + j).store(gate)
+    if HEADS > 1:
+        held.index(SIDE * (HEADS + 1) + HEADS).store(total)
+    else:
+        gates = total
     padded = gl.num_programs(0) * 128
     base = marks.to(gl.int64) + (batch * padded + (tile * 2 + SIDE) * 64) * room * 8
     word_base = words.to(gl.int64) + (batch * word_stride + (tile * 2 + SIDE).to(gl.int64) * 2 * num_keys) * 4
@@ -452,6 +466,7 @@ def mark(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     queries = gl.allocate_shared_memory(q.dtype, [HEADS, 128, D], OPERAND)
     keys = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK, D], OPERAND)
+    held = gl.allocate_shared_memory(gl.float32, [2 * (HEADS + 1), 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -467,7 +482,7 @@ def mark(
     _forget(gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0])), stash + 32768)
     tensors = (weights, biases, starts, lasts, walks, bounds, ceilings, words, word_stride, marks, counts, sures, sums)
     scalars = (room, tau, threshold)
-    sizes, memory = (num_rows, num_keys, local, sink), (queries, keys, stash, (ready_q, ready_k, empty_k, done))
+    sizes, memory = (num_rows, num_keys, local, sink), (queries, keys, held, stash, (ready_q, ready_k, empty_k, done))
     if PARTS == 1:
         gl.warp_specialize(
             [

@@ -15,10 +15,10 @@ from torch import Tensor
 from kernels.few import Limits, number, orders
 from kernels.scan import ENTROPY, REACHED, VARIANCE, unordered
 from kernels.scores import FORCED, between, narrowed, ordered
-from kernels.support import INTERPRET, cdiv, next_power_of_2
+from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
 
 ROOM = 2**13  # scores of a query that a program holds
-REGISTERS = 64  # of a thread that finds: four programs of 8192 at a time, as was fastest on an H100
+REGISTERS = (96, 64)  # of a thread that finds, and on sm_90: four programs of 8192 at a time, as was fastest on an H100
 PAIRS = 2**28  # of queries and keys whose scores exist at one time
 
 
@@ -39,7 +39,17 @@ def choose_rows(
     batch, rows, num_keys = values.shape
     least, until = torch.empty(2, batch, rows, dtype=torch.int32, device=values.device)
     _find[(rows, batch)](
-        values, starts, lasts, wanted, *limits, least, until, rows, num_keys, maxnreg=REGISTERS, **of_program(num_keys)
+        values,
+        starts,
+        lasts,
+        wanted,
+        *limits,
+        least,
+        until,
+        rows,
+        num_keys,
+        maxnreg=REGISTERS[tuned(values)],
+        **of_program(num_keys),
     )
     block = 16 if INTERPRET else 256
     _write[(cdiv(num_keys, block), cdiv(rows, 32), batch)](

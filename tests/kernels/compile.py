@@ -99,7 +99,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     ]
     for num_keys in (1024, 4096, 8192):
         constants, options = parted(rows.of_program(num_keys))
-        found.append((rows._find, constants, options | {"maxnreg": rows.REGISTERS}))
+        found.append((rows._find, constants, options | {"maxnreg": rows.REGISTERS[tuned]}))
         found += [(rows._sums, constants | {"SUM": kind}, options) for kind in range(4)]
     found.append((rows._write, {"BLOCK": 256}, {"num_warps": 8}))
     for shape in (ONE_HEAD, FOUR_HEADS):

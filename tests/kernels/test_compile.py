@@ -11,7 +11,7 @@ import pytest
 SPILLING = {
     80: ("kernels.scan.mark",),
     89: ("kernels.scan.mark",),
-    90: ("kernels.marks.mark",),
+    90: (),
     100: ("kernels.scan.mark",),
 }
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB of shared memory that a program may have
