@@ -39,18 +39,9 @@ def choose_rows(
     batch, rows, num_keys = values.shape
     least, until = torch.empty(2, batch, rows, dtype=torch.int32, device=values.device)
     _find[(rows, batch)](
-        values,
-        starts,
-        lasts,
-        wanted,
-        *limits,
-        least,
-        until,
-        rows,
-        num_keys,
-        maxnreg=REGISTERS[tuned(values)],
+        values, starts, lasts, wanted, *limits, least, until, rows, num_keys, maxnreg=REGISTERS[tuned(values)],
         **of_program(num_keys),
-    )
+    )  # fmt: skip
     block = 16 if INTERPRET else 256
     _write[(cdiv(num_keys, block), cdiv(rows, 32), batch)](
         values, starts, lasts, *limits[:2], least, until, words, word_stride, rows, num_keys, BLOCK=block, num_warps=8

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import kernels.best
+import kernels.rows
 from gsa.attention.attention import GatedSparseAttention
 from gsa.attention.cache import Cache
 from gsa.attention.config import AttentionConfig, Stage
@@ -230,12 +231,26 @@ def test_an_offset_beyond_two_to_the_31_reads_the_right_keys() -> None:
     assert off(out, expected) < 0.01
 
 
-@pytest.mark.parametrize("length", [1, 13, 5000])
+WAYS: dict[str, dict[str, float]] = {
+    "few": {}, "rows": {}, "marks": {"ROOM": 0}, "wrong bounds": {"ROOM": 0, "MANY": 0, "LIKELY": -0.1},
+}  # fmt: skip
+
+
+def go_the_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find the best keys as in sequences of another length; with bounds that are wrong for half of the queries."""
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(kernels.rows if name == "ROOM" else kernels.best, name, value)
+
+
+@pytest.mark.parametrize(
+    ("length", "way"), [(1, "few"), (13, "few"), (5000, "rows"), (5000, "marks"), (5000, "wrong bounds")]
+)
 @pytest.mark.parametrize(("kind", "heads", "size"), [("gated_sigmoid", 1, 128), ("relu", 4, 64)])
 def test_selections_of_exactly_representable_scores_are_exact(
-    draw: Draw, kind: str, heads: int, size: int, length: int, monkeypatch: pytest.MonkeyPatch
+    draw: Draw, kind: str, heads: int, size: int, length: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small integers, many of them equal: every row as the definition has it, for all and for the last few queries."""
+    go_the_way(way, monkeypatch)
     keys, k = 5000, draw.random.choice([1, 100, 512])
     q, index_k = draw.integers(-2, 2, 2, length, heads, size), draw.integers(-2, 2, 2, keys, size)
     weight = torch.ones(2, length, heads)
@@ -249,6 +264,24 @@ def test_selections_of_exactly_representable_scores_are_exact(
         found.append(select(*inputs, inputs[-1], None, None, None, kind=kind, k_base=k, k_max=k, local_window=3)[0])
         monkeypatch.setattr(kernels.best, "runs_triton", lambda _: False)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("way", ["rows", "marks", "wrong bounds"])
+@pytest.mark.parametrize(("heads", "size"), [(1, 128), (4, 64)])
+def test_nan_and_infinite_scores_rank_first(
+    draw: Draw, heads: int, size: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_the_way(way, monkeypatch)
+    length, k = 5000, 300
+    q, index_k = torch.rand(1, length, heads, size) + 1, draw.normal(1, length, size).float()
+    index_k[:, [3, 50]], index_k[:, 77] = torch.nan, torch.inf
+    weight, starts = torch.ones(1, length, heads), torch.zeros(1, length, dtype=torch.long)
+    inputs = [x.cuda() for x in (q.bfloat16(), index_k.bfloat16(), weight.bfloat16())]
+    wanted = torch.full((1, length), k).cuda()
+    words, *_ = select(*inputs, None, starts.cuda(), wanted, wanted, None, None, None, kind="relu", k_base=k, k_max=k)
+    mask = unpack(words, length)
+    assert mask[:, 77:, [3, 50, 77]].all()
+    assert torch.equal(mask.sum(-1)[0].cpu(), torch.arange(1, length + 1).clamp_max(k))
 
 
 def test_rows_of_128k_tokens_equal_the_definition() -> None:
