@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few import Limits, number, orders
-from kernels.scan import ENTROPY, REACHED, VARIANCE, unordered
-from kernels.scores import FORCED, between, narrowed, ordered
+from kernels.scan import ENTROPY, REACHED, VARIANCE
+from kernels.scores import FORCED, between, deviations, moments, narrowed, ordered, unordered
 from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
 
 ROOM = 2**13  # scores of a query that a program holds
@@ -76,23 +76,6 @@ def of_program(num_keys: int) -> dict[str, int]:
 
 
 @triton.jit
-def _together(n, s, q, low, high, n_, s_, q_, low_, high_):
-    return n + n_, s + s_, q + q_, tl.minimum(low, low_), tl.maximum(high, high_)
-
-
-@triton.jit
-def deviations(share):
-    """z such that a normally distributed number is above it with probability `share`; off by up to 4.5·10⁻⁴.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.23.
-    """
-    tail = tl.minimum(tl.minimum(share, 1 - share) + 1e-9, 0.5)
-    t = tl.sqrt(-2 * tl.log(tail))
-    z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
-    return tl.where(share > 0.5, -z, z)
-
-
-@triton.jit
 def kth(order, want, key, num_keys):
     """The `want`-th largest number, and the last key of those equal to it that belong to the `want` largest.
 
@@ -102,19 +85,11 @@ def kth(order, want, key, num_keys):
     least, until = tl.full((), -2147483647, tl.int32), num_keys
     top = ordered(tl.full((), FORCED, tl.float32))
     free = (order != -2147483648) & (order < top)  # forced keys and what is not finite would mislead the guesses
-    score = tl.where(free, unordered(order), 0.0)
-    parts = (
-        free.to(tl.int32), score, score * score, tl.where(free, order, 2147483647),
-        tl.where(free, order, -2147483648),
-    )  # fmt: skip
-    count, total, squares, low, high = tl.reduce(parts, 0, _together)
+    count, mean, deviation, low, high = moments(order, free)
     above = tl.sum((order >= top).to(tl.int32))
     reached = count + above
     if reached > want:
-        number = tl.maximum(count, 1).to(tl.float32)
-        mean = total / number
-        deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
-        z = deviations((want - above).to(tl.float32) / number)
+        z = deviations((want - above).to(tl.float32) / tl.maximum(count, 1).to(tl.float32))
         if above >= want:  # more than are wanted are forced or not finite
             low, high, reached, above = top, tl.full((), 2147483647, tl.int32), above, tl.full((), 0, tl.int32)
         turn = tl.full((), 0, tl.int32)

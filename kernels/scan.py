@@ -19,6 +19,8 @@ import triton.language as tl
 from kernels.scores import (
     FORCED,
     between_counts,
+    deviations,
+    moments,
     narrowed,
     number_kept,
     of_queries,
@@ -26,6 +28,7 @@ from kernels.scores import (
     queries_of_tile,
     rights,
     score_block,
+    unordered,
     walk,
 )
 
@@ -114,38 +117,42 @@ def sample(
 
 
 @triton.jit
-def unordered(order):
-    """The score of which this is the `ordered` number."""
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def enclose(samples, count, rank, top, P: tl.constexpr):
-    """What `bound` says of one query's `count` ≤ P samples."""
+    """What `bound` says of one query's `count` ≤ P samples.
+
+    Where scores are spread as normal ones are, a guess on each side encloses what is looked for.
+    """
     least, ceiling = tl.full((), float("nan"), tl.float32), tl.full((), float("inf"), tl.float32)
     place = tl.arange(0, P)
     order = ordered(tl.load(samples + place, mask=place < count, other=float("-inf")))
-    finite = order > -2139095041  # that of −inf
-    reached = tl.sum(finite.to(tl.int32))
+    reached, mean, deviation, low, high = moments(order, order > -2139095041)  # that of −inf
     if reached >= rank:
-        highest = tl.max(order)
-        high = highest
-        low = tl.min(tl.where(finite, order, high))
         above, turn, most = 0, 0, rank + rank // 16
+        # what the search for the bound finds out is known of the ceiling, too
+        bottom, peak, over, beyond = low, high, reached, 0
+        all_ = reached.to(tl.float32)
+        z = deviations((rank + rank // 32).to(tl.float32) / all_)
         while (reached > most) & (low < high):
             middle = between_counts(low, high, reached, above, rank + rank // 32, turn)
+            guess = ordered(mean + deviation * (z + tl.where(turn == 0, -0.05, 0.05)))
+            middle = tl.where(turn < 2, tl.minimum(tl.maximum(guess, low + 1), high), middle)
             here = tl.sum((order >= middle).to(tl.int32))
             low, high, reached, above = narrowed(low, high, reached, above, middle, here, rank)
+            if (middle > bottom) & (middle <= peak):
+                bottom, peak, over, beyond = narrowed(bottom, peak, over, beyond, middle, here, top + 1)
             turn += 1
         least = tl.where((low == 0) | (low == 1), -1e-30, unordered(low - 1))  # the next number down
         if top > 0:
-            high, above, turn, fewest = highest, 0, 0, top - top // 16
-            while (above < fewest) & (low < high):
-                middle = between_counts(low, high, reached, above, top - top // 32, turn)
+            turn, fewest = 0, top - top // 16
+            z = deviations((top - top // 32).to(tl.float32) / all_)
+            while (beyond < fewest) & (bottom < peak):
+                middle = between_counts(bottom, peak, over, beyond, top - top // 32, turn)
+                guess = ordered(mean + deviation * (z + 0.05))
+                middle = tl.where(turn == 0, tl.minimum(tl.maximum(guess, bottom + 1), peak), middle)
                 here = tl.sum((order >= middle).to(tl.int32))
-                low, high, reached, above = narrowed(low, high, reached, above, middle, here, top + 1)
+                bottom, peak, over, beyond = narrowed(bottom, peak, over, beyond, middle, here, top + 1)
                 turn += 1
-            ceiling = unordered(tl.minimum(high, 2139095039) + 1)  # the next number up, infinity at most
+            ceiling = unordered(tl.minimum(peak, 2139095039) + 1)  # the next number up, infinity at most
     return least, ceiling
 
 

@@ -35,6 +35,42 @@ def ordered(score):
 
 
 @triton.jit
+def unordered(order):
+    """The score of which this is the `ordered` number."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _together(n, s, q, low, high, n_, s_, q_, low_, high_):
+    return n + n_, s + s_, q + q_, tl.minimum(low, low_), tl.maximum(high, high_)
+
+
+@triton.jit
+def moments(order, counted):
+    """How many `ordered` numbers [P] are counted, mean and deviation of their scores, the least and the largest."""
+    score = tl.where(counted, unordered(order), 0.0)
+    least, largest = tl.where(counted, order, 2147483647), tl.where(counted, order, -2147483648)
+    count, total, squares, low, high = tl.reduce(
+        (counted.to(tl.int32), score, score * score, least, largest), 0, _together
+    )
+    number = tl.maximum(count, 1).to(tl.float32)
+    mean = total / number
+    return count, mean, tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0)), low, high
+
+
+@triton.jit
+def deviations(share):
+    """z such that a normally distributed number is above it with probability `share`; off by up to 4.5·10⁻⁴.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.23.
+    """
+    tail = tl.minimum(tl.minimum(share, 1 - share) + 1e-9, 0.5)
+    t = tl.sqrt(-2 * tl.log(tail))
+    z = t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1 + t * (1.432788 + t * (0.189269 + t * 0.001308)))
+    return tl.where(share > 0.5, -z, z)
+
+
+@triton.jit
 def between(low, high):
     """The middle of two int32, rounded down, without overflow."""
     return (low & high) + ((low ^ high) >> 1)

@@ -14,12 +14,15 @@ from torch import Tensor
 from kernels.words import WORD
 
 BLOCK = 1024  # words read at once
-PAIRS = 2**31  # of queries and keys whose lists exist at one time
+# At most so many queries, of so many queries and keys, have lists at one time: with tiles of 32 queries and 8 heads, or
+# of 16 and 4, programs of an H100's 132 multiprocessors take 32 tiles each. With 16,384 queries some take one more.
+QUERIES = 132 * 128
+PAIRS = QUERIES * 2**17
 
 
 def queries_at_once(batch: int, num_keys: int, pairs: int = PAIRS) -> int:
     """How many queries of each row are handled at once, a multiple of 64: few bound memory, many take few launches."""
-    return min(max(pairs // max(batch * num_keys, 1), 64), 16384) // 64 * 64
+    return min(max(pairs // max(batch * num_keys, 1), 64), QUERIES) // 64 * 64
 
 
 class Unions(NamedTuple):
