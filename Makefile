@@ -18,7 +18,7 @@ test: lint
 
 # the same kernels on a GPU
 test-gpu: .venv/installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/kernels
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu -n 4 --dist worksteal tests/kernels tests/gsa
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ def _best_triton(task: Task, words: Tensor, statistic: Tensor) -> None:
             written = (chosen, words.stride(0), marked, counts, sures, found)
             marks.mark_tiles(inputs, of_part, bounds, highest, written, forced, controls, launch.roles)
         else:
-            scan.mark[(grid[0], batch)](
+            scan.mark[(cdiv(count, launch.mark["M"]), batch)](
                 *inputs, *lists, bounds, highest, chosen, words.stride(0), marked, counts, sures, numbers, found,
                 *forced, count, padded, num_keys, capacity, *controls, SUM=scan.SUMS[rule.controller], **launch.mark,
             )  # fmt: skip
@@ -335,6 +335,8 @@ class Launch(NamedTuple):
             roles |= marks.PLAIN if given else marks.SUMMING
             roles |= {"SUM": scan.SUMS[rule.controller]}
         mark = wide if one_head or INTERPRET else wide | {"N": 64}
+        if not one_head and (INTERPRET or not hopper):
+            mark = mark | {"M": WORD // 2}  # or registers do not suffice
         p = min(max(next_power_of_2(plan.likely), 16), 16 if INTERPRET else 8192)
         chosen: Options = {"P": p, "REST": p // 2 if plan.room <= p * 3 // 2 else p, "num_warps": max(p // 512, 1)}
         if not INTERPRET:

@@ -206,8 +206,9 @@ def mark_block(
         share = tl.sum(visible.to(tl.float32), 0)
     chosen = keep & ((marked < ceiling[None, :]) == 0) & real[None, :]
     sure += tl.sum(chosen.to(tl.int32), 0)
-    value = tl.full((M,), 1, tl.int32) << bit
-    tl.store(word_row + key, tl.sum(tl.where(chosen, value[None, :], 0), 1), mask=inside)
+    value = tl.full((M,), 1, tl.int32) << (bit % M)
+    bits = tl.sum(tl.where(chosen, value[None, :], 0), 1)
+    tl.store(word_row + key * (32 // M), bits.to(word_row.dtype.element_ty), mask=inside)
     # [queries, keys] from here on: neighbouring threads then write neighbours in memory
     kept = tl.trans((keep & (chosen == 0)).to(tl.int32))
     rank = held[:, None] + tl.cumsum(kept, 1) - 1
@@ -247,8 +248,9 @@ def mark(
     LISTED: tl.constexpr, KIND: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     RAW: tl.constexpr, FAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Marks [B, `padded`, room] of R queries: the keys above each query's bound and those that must be chosen, but for
-    those that reach its ceiling, whose bits are set in `words`, and which `sures` [B, `padded`] counts.
+    """Marks [B, `padded`, room] of R queries, M = 32 or 16 to a program: the keys above each query's bound and those
+    that must be chosen, but for those that reach its ceiling, whose bits are set in `words`, and which `sures`
+    [B, `padded`] counts.
 
     A mark is 64 bits, of which the upper half is the score. `counts` [B, `padded`] says how many of a query there are;
     what there is no room for is counted only. `numbers` [B, R] says how many a query could have chosen, and `sums`
@@ -257,13 +259,17 @@ def mark(
     """
     tile, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest walks first
     row, real, start, last = queries_of_tile(starts, lasts, tile, batch, num_rows, M)
-    first, end, entries = walk(list_counts, batch, tile, capacity, start, last, tl.num_programs(0), LISTED)
+    per_word: tl.constexpr = 32 // M
+    word = tile // per_word
+    first, end, entries = walk(list_counts, batch, word, capacity, start, last, tl.cdiv(num_rows, 32), LISTED)
     least = tl.load(bounds + row, mask=real, other=float("inf"))
     ceiling = tl.load(ceilings + row, mask=real, other=float("inf"))
-    word_row = words + batch.to(tl.int64) * word_stride + tile.to(tl.int64) * num_keys
+    word_row = words + batch.to(tl.int64) * word_stride + word.to(tl.int64) * num_keys
+    if M == 16:  # half a word
+        word_row = word_row.to(tl.pointer_type(tl.int16)) + tile % per_word
     queries, gates, offsets = of_queries(q, weights, biases, row, real, KIND, HEADS, D, DP, RAW, FAST)
-    bit = tl.arange(0, M)
-    list_row = batch.to(tl.int64) * padded + tile * M + bit
+    bit = tile % per_word * M + tl.arange(0, M)
+    list_row = batch.to(tl.int64) * padded + tile * M + tl.arange(0, M)
     held, sure = tl.zeros((M,), tl.int32), tl.zeros((M,), tl.int32)
     number, a, b = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
     c = tl.full((M,), -1e30, tl.float32)

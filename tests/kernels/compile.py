@@ -165,11 +165,10 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         for listed in (False, True):
             wide = {**shape, "LISTED": listed, "M": 32, "N": 128 if tuned and not (listed and several) else 64}
             found.append((scan.sample, wide, eight))
-            found.append((scan.mark, {**wide, "N": 64 if several else wide["N"], "SUM": 0}, eight))
+            mark = {**wide, "N": 64 if several else wide["N"], "M": 16 if several and not tuned else 32}
+            found += [(scan.mark, {**mark, "SUM": kind}, eight) for kind in range(4 if several else 1)]
             if several:
-                half = {**wide, "N": 64}
-                found.append((scan.sample, half, eight))
-                found += [(scan.mark, {**half, "SUM": kind}, eight) for kind in (1, 2, 3)]
+                found.append((scan.sample, {**wide, "N": 64}, eight))
             found.append(
                 (choose.search, {**shape, "LISTED": listed, "M": 16, "N": 64 if tuned else 32}, {"num_warps": 8})
             )
