@@ -1,10 +1,11 @@
-"""Marks of a selection on sm_90: every score against a bound, and those above it written down.
+"""Marks of a selection on sm_90: every score against a bound and a ceiling, and those between written down.
 
 It computes what `kernels.scan.mark` does. A program takes 128 queries and walks past their keys: one warp copies, and
 two or four groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
 are marked, so a thread puts those it holds of a query into shared memory, notes in a word which are marked, reserves
 room for as many in the query's list, and then takes these alone out again. To store each score under a predicate took
-two thirds longer: such stores wait for one another's registers.
+two thirds longer: such stores wait for one another's registers. Which keys reach a ceiling a thread knows of two queries;
+eight of them exchange these bits until each has those of 16 queries, which are half a word.
 
 Floor: one product of HEADS · D per query and key on the tensor cores, and with σ one operation of the special-function
 unit per head.
@@ -209,28 +210,12 @@ def _write(values, scales, shifts, ends, stash, sizes, bases, GROUP: gl.constexp
         bases: addresses of the 64 queries' marks and words.
     """
     block, room, num_keys = sizes
+    lines = [scales[0], shifts[0], scales[1], shifts[1]]
     gl.inline_asm_elementwise(
-        _write_asm(GROUP),
-        _write_constraints(),
-        [
-            values[0],
-            values[1],
-            scales[0],
-            shifts[0],
-            scales[1],
-            shifts[1],
-            ends,
-            stash,
-            block,
-            room,
-            num_keys,
-            bases[0],
-            bases[1],
-        ],  # fmt: skip
-        gl.int32,
-        is_pure=False,
-        pack=16,
-    )
+        _write_asm(GROUP), _write_constraints(),
+        [values[0], values[1]] + lines + [ends, stash, block, room, num_keys, bases[0], bases[1]],
+        gl.int32, is_pure=False, pack=16,
+    )  # fmt: skip
 
 
 @gluon.jit
