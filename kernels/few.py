@@ -53,7 +53,7 @@ def scores_of_few(
     What lies before a query's first key or after its last is unspecified.
 
     Args:
-        inputs: `kernels.best` has them.
+        inputs: `kernels.task.inputs_of`.
         open_: words [B, ⌈R/32⌉, S]; `None`: all keys are open.
         shape: what the code depends on.
         places: which queries; `None`: all R.

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.best import Candidates, best
+from kernels.best import best
 from kernels.few import FEW
 from kernels.rule import Asked, Rule, Scores
 from kernels.support import cdiv, runs_triton
+from kernels.task import Candidates
 from kernels.words import WORD, pack, unpack
 
 

@@ -4,8 +4,8 @@ It computes what `kernels.scan.mark` does. A program takes 128 queries and walks
 two or four groups of four warps take 64 queries each, so that one compares beside the products of another. Few scores
 are marked, so a thread puts those it holds of a query into shared memory, notes in a word which are marked, reserves
 room for as many in the query's list, and then takes these alone out again. To store each score under a predicate took
-two thirds longer: such stores wait for one another's registers. Which keys reach a ceiling a thread knows of two queries;
-eight of them exchange these bits until each has those of 16 queries, which are half a word.
+two thirds longer: such stores wait for one another's registers. Which keys reach a ceiling a thread knows of two
+queries; eight of them exchange these bits until each has those of 16 queries, which are half a word.
 
 Floor: one product of HEADS · D per query and key on the tensor cores, and with σ one operation of the special-function
 unit per head.
@@ -52,7 +52,7 @@ def mark_tiles(
     controls: tuple[int, float, float],
     options: dict[str, int | bool],
 ) -> None:
-    """Launch `mark` for what `kernels.best` has at hand.
+    """Launch `mark` for what `kernels.enclose` has at hand.
 
     Args:
         inputs: of scores.

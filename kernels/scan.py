@@ -42,7 +42,7 @@ def prepare(
     given_stride, num_rows, num_words, num_tiles, most, k_min, k_max, local, sink, room, stride,
     SIGMAS: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each query, before a score is known: see `kernels.best`. With fewer keys than `room` there is no bound."""
+    """Of each query, before a score is known: see `kernels.enclose`. With fewer keys than `room` there is no bound."""
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = i < num_rows

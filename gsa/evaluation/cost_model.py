@@ -18,12 +18,12 @@ from gsa.attention.config import AttentionConfig
 from gsa.evaluation.selections import Selected, observe
 from gsa.model import GSAForCausalLM
 from kernels.attend import Tiles
-from kernels.best import MARKS
+from kernels.enclose import MARKS
 from kernels.unions import queries_at_once
 from kernels.words import WORD
 
 ELEMENT = 2  # bytes of bf16
-MARKED = 0.95  # keys between the sampled bound and ceiling, over k (`kernels.best.Sampling`)
+MARKED = 0.95  # keys between the sampled bound and ceiling, over k (`kernels.enclose.Sampling`)
 SAMPLED = 32  # one key in so many is scored for the bound
 
 

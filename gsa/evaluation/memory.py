@@ -19,7 +19,7 @@ from gsa.attention.fused import HEAD_SIZES, INDEX_HEADS, INDEX_SIZE, rule_of
 from gsa.attention.gates import PLACES
 from gsa.config import TrainConfig, build
 from gsa.model import GSAForCausalLM, ModelConfig
-from kernels.best import Sampling, marked_at_once
+from kernels.enclose import Sampling, marked_at_once
 from kernels.unions import queries_at_once
 from kernels.words import WORD
 

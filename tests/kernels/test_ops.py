@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import kernels.best
+import kernels.enclose
 import kernels.rows
 from kernels.attend import attend
 from kernels.divergence import divergence, divergence_gradients
@@ -191,14 +191,14 @@ def test_wrong_bounds_and_ceilings_change_nothing(
 ) -> None:
     """Bounds that are too high and ceilings that are too low for half of the queries, or for a few."""
     monkeypatch.setattr(kernels.rows, "ROOM", 0)
-    monkeypatch.setattr(kernels.best, "LIKELY", deviations)
+    monkeypatch.setattr(kernels.enclose, "LIKELY", deviations)
     failed = []
 
     def counting(*given: Any) -> None:
         failed.append(int((given[-1] >= 0).sum()))
         choose_few(*given)
 
-    monkeypatch.setattr(kernels.best, "choose_few", counting)
+    monkeypatch.setattr(kernels.enclose, "choose_few", counting)
     length = 40
     inputs, options = selection(draw, "given", draw.random.choice(INDEXERS), 200, length, integers)
     q, k, weight, bias, starts, _, _, *rest = inputs
