@@ -27,6 +27,7 @@ from kernels import (
     hopper_backward,
     levels,
     marks,
+    marks_written,
     rows,
     scan,
     split,
@@ -215,7 +216,7 @@ def compile_one(
 def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
     """The type of a kernel's argument."""
     if kernel in (dense_divergence._divergence, marks.mark) and name in ("q", "k", "index_q", "index_k"):
-        rows = marks.BLOCK.value if kernel is marks.mark and name == "k" else 128
+        rows = marks_written.BLOCK.value if kernel is marks.mark and name == "k" else 128
         block = [rows, constants["INDEX_D" if name.startswith("index") else "D"]]
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
     if name == "marks":
