@@ -38,10 +38,7 @@ def best(
     statistic = torch.zeros(batch, count, dtype=torch.float32, device=words.device)
     find = _best_definition
     if runs_triton(scores.q):
-        if count <= FEW:
-            find = _best_of_few
-        else:
-            find = _best_of_rows if words.shape[2] <= rows.ROOM else best_enclosed
+        find = _best_at_hand if count <= FEW or words.shape[2] <= rows.ROOM else best_enclosed
     if words.numel():
         find(Task(scores, asked, reference, rule, most, candidates), words, statistic)
     if rule.controller == "threshold":
@@ -103,39 +100,30 @@ def _statistic(values: Tensor, visible: Tensor, asked: Asked, rule: Rule) -> Ten
     return statistic.float()
 
 
-def _best_of_few(task: Task, words: Tensor, statistic: Tensor) -> None:
-    """What `best_enclosed` does, for no more than `FEW` queries (`kernels.few`)."""
+def _best_at_hand(task: Task, words: Tensor, statistic: Tensor) -> None:
+    """What `best_enclosed` does, with all scores of some queries written down: for no more than `FEW` of them
+    (`kernels.few`), or no more than `rows.ROOM` keys (`kernels.rows`)."""
     scores, asked, reference, rule, _, candidates = task
-    open_ = None if candidates is None else candidates(slice(0, asked.lasts.shape[1]))
-    inputs = inputs_of(scores, asked.starts.int(), asked.lasts.int())
-    starts, lasts = inputs[-2:]
-    values = scores_of_few(inputs, open_, shape_of(scores, rule))
-    wanted, limits = asked.wanted, Limits(rule.local_window, rule.sink_tokens, rule.k_min, rule.k_max)
-    if rule.controller != "given" or open_ is not None:
-        key = torch.arange(words.shape[2], device=words.device)
-        visible = (key >= starts[..., None]) & (key <= lasts[..., None]) & (values != NOT_VISIBLE)
-        statistic.copy_(_statistic(unordered(values), visible, asked, rule))
-        wanted = number_wanted(asked, statistic, reference, rule, visible.sum(-1))
-        limits = limits._replace(k_min=0, k_max=words.shape[2])
-    choose_few(values, starts, lasts, wanted.int().contiguous(), limits, words, words.stride(0))
-
-
-def _best_of_rows(task: Task, words: Tensor, statistic: Tensor) -> None:
-    """What `best_enclosed` does, for no more than `rows.ROOM` keys (`kernels.rows`)."""
-    scores, asked, reference, rule, _, candidates = task
-    num_keys = words.shape[2]
-    for part in parts(asked.lasts.shape[1], queries_at_once(len(words), num_keys, rows.PAIRS)):
+    count, num_keys = asked.lasts.shape[1], words.shape[2]
+    few = count <= FEW
+    for part in parts(count, queries_at_once(len(words), num_keys, rows.PAIRS)):
         open_ = None if candidates is None else candidates(part)
-        asked_here = asked.rows(part)
-        inputs = inputs_of(scores.rows(part), asked_here.starts.int(), asked_here.lasts.int())
+        some = asked.rows(part)
+        inputs = inputs_of(scores.rows(part), some.starts.int(), some.lasts.int())
         starts, lasts = inputs[-2:]
-        values = scores_of_few(inputs, open_, shape_of(scores, rule), many=True)
-        wanted, limits = asked_here.wanted, Limits(rule.local_window, rule.sink_tokens, rule.k_min, rule.k_max)
+        values = scores_of_few(inputs, open_, shape_of(scores, rule), many=not few)
+        wanted, limits = some.wanted, Limits(rule.local_window, rule.sink_tokens, rule.k_min, rule.k_max)
         if rule.controller != "given" or open_ is not None:
-            kind = scan.SUMS[rule.controller]
-            found, number = rows.sums_of_rows(values, starts, lasts, limits, kind, rule.tau, rule.threshold)
+            if few:
+                key = torch.arange(num_keys, device=words.device)
+                visible = (key >= starts[..., None]) & (key <= lasts[..., None]) & (values != NOT_VISIBLE)
+                found, number = _statistic(unordered(values), visible, some, rule), visible.sum(-1)
+            else:
+                kind = scan.SUMS[rule.controller]
+                found, number = rows.sums_of_rows(values, starts, lasts, limits, kind, rule.tau, rule.threshold)
             statistic[:, part] = found
-            wanted = number_wanted(asked_here, found, reference, rule, number)
+            wanted = number_wanted(some, found, reference, rule, number)
             limits = limits._replace(k_min=0, k_max=num_keys)
         chosen = words[:, part.start // WORD : -(-part.stop // WORD)]
-        rows.choose_rows(values, starts, lasts, wanted.int().contiguous(), limits, chosen, words.stride(0))
+        choose = choose_few if few else rows.choose_rows
+        choose(values, starts, lasts, wanted.int().contiguous(), limits, chosen, words.stride(0))

@@ -151,7 +151,10 @@ def query_of(places, lasts, num_rows, SOME: tl.constexpr):
 
 @triton.jit
 def orders(values, starts, lasts, local, sink, slot, row, key, num_keys):
-    """`ordered` scores of a query's keys, forced ones highest; those that it does not see are −2³¹."""
+    """`ordered` scores of a query's keys, forced ones highest; those that it does not see are −2³¹.
+
+    Or of several queries', whose `slot` and `row` are [N, 1], with keys [1, S].
+    """
     start, last = tl.load(starts + row), tl.load(lasts + row)
     seen = (key >= start) & (key <= last) & (key < num_keys)
     order = tl.load(values + slot * num_keys + key, mask=seen, other=-2147483648)

@@ -25,17 +25,7 @@ PAIRS = 2**28  # of queries and keys whose scores exist at one time
 def choose_rows(
     values: Tensor, starts: Tensor, lasts: Tensor, wanted: Tensor, limits: Limits, words: Tensor, word_stride: int
 ) -> None:
-    """Write the words [B, ⌈R/32⌉, S] of each query's `wanted` best keys.
-
-    Args:
-        values: [B, R, S] int32, `kernels.few.scores_of_few`, S ≤ `ROOM`.
-        starts: [B, R] int32, the first key that a query sees.
-        lasts: [B, R] int32, and the last.
-        wanted: [B, R] int32; as many are chosen, within the limits, and no more than a query sees.
-        limits: see there.
-        words: see there.
-        word_stride: from one row of the batch to the next.
-    """
+    """Write the words [B, ⌈R/32⌉, S] of each query's `wanted` best keys, S ≤ `ROOM`; as `kernels.few.choose_few`."""
     batch, rows, num_keys = values.shape
     least, until = torch.empty(2, batch, rows, dtype=torch.int32, device=values.device)
     _find[(rows, batch)](
@@ -136,19 +126,14 @@ def _write(
     batch = tl.program_id(2).to(tl.int64)
     i, key = tl.arange(0, 32), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     query = tl.program_id(1) * 32 + i
-    row, real = batch * num_rows + query, query < num_rows
-    start = tl.load(starts + row, mask=real, other=2147483647)[:, None]
-    last = tl.load(lasts + row, mask=real, other=-1)[:, None]
+    row = batch * num_rows + tl.minimum(query, num_rows - 1)
     word = tl.zeros((BLOCK,), tl.int32)
-    if tl.program_id(0) * BLOCK <= tl.max(last):
-        seen = (key >= start) & (key <= last)
-        order = tl.load(values + row[:, None] * num_keys + key, mask=seen, other=-2147483648)
-        forced = (key > last - local) | (key < start + sink)
-        highest = ordered(tl.full((32, BLOCK), FORCED, tl.float32))
-        order = tl.where(forced & (order != -2147483648), highest, order)
-        found = tl.load(least + row, mask=real, other=2147483647)[:, None]
-        ties = tl.load(until + row, mask=real, other=-1)[:, None]
+    if tl.program_id(0) * BLOCK <= tl.max(tl.load(lasts + row)):
+        at = row[:, None]
+        order = orders(values, starts, lasts, local, sink, at, at, key[None, :], num_keys)
+        found, ties = tl.load(least + row)[:, None], tl.load(until + row)[:, None]
         chosen = ((order > found) | ((order == found) & (key <= ties))) & (order != -2147483648)
+        chosen = chosen & (query < num_rows)[:, None]
         word = tl.sum(chosen.to(tl.int32) << i[:, None], 0)
     target = words + batch * word_stride + tl.program_id(1).to(tl.int64) * num_keys + key
     tl.store(target, word, mask=key < num_keys)
