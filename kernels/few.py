@@ -129,11 +129,12 @@ def _score(
                 False, KIND, HEADS, D, DP, RAW, FAST,
             )  # fmt: skip
             order = ordered(tl.trans(scores))
-            write = real[:, None] & inside[None, :]
             if not OPEN:
+                write = real[:, None] & inside[None, :]
                 word_row = batch * ((num_rows + 31) // 32) + i // 32
                 word = tl.load(open_words + word_row[:, None] * num_keys + key[None, :], mask=write, other=0)
                 order = tl.where(((word >> (i % 32)[:, None]) & 1) != 0, order, -2147483648)
+            write = real[:, None] & (key < num_keys)[None, :]  # also a little after the last key: 16 bytes at once
             tl.store(values + slot[:, None] * num_keys + key[None, :], order, mask=write)
 
 
@@ -150,17 +151,21 @@ def query_of(places, lasts, num_rows, SOME: tl.constexpr):
 
 
 @triton.jit
-def orders(values, starts, lasts, local, sink, slot, row, key, num_keys):
-    """`ordered` scores of a query's keys, forced ones highest; those that it does not see are −2³¹.
+def orders(values, starts, lasts, local, sink, slot, row, key, num_keys, FORCES: tl.constexpr = True):
+    """`ordered` scores of a query's keys, those that it does not see −2³¹, and forced ones highest if any are.
 
     Or of several queries', whose `slot` and `row` are [N, 1], with keys [1, S].
     """
     start, last = tl.load(starts + row), tl.load(lasts + row)
-    seen = (key >= start) & (key <= last) & (key < num_keys)
-    order = tl.load(values + slot * num_keys + key, mask=seen, other=-2147483648)
-    forced = (key > last - local) | (key < start + sink)
-    highest = ordered(tl.full(key.shape, FORCED, tl.float32))
-    return tl.where(forced & (order != -2147483648), highest, order)
+    seen = (key >= start) & (key <= last)
+    near = (key >= start // 16 * 16) & (key < (last // 16 + 1) * 16) & (key < num_keys)  # 16 bytes are loaded at once
+    order = tl.load(values + slot * num_keys + key, mask=near, other=0)
+    order = tl.where(seen, order, -2147483648)
+    if FORCES:
+        forced = (key > last - local) | (key < start + sink)
+        highest = ordered(tl.full(key.shape, FORCED, tl.float32))
+        order = tl.where(forced & (order != -2147483648), highest, order)
+    return order
 
 
 @triton.jit

@@ -30,8 +30,8 @@ def one_or_two_levels(
 def _of_many(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candidates:
     """The candidates of queries, by blocks that are pooled once for all of them."""
     pooled, of_key = pool(scores.k, starts, rule.block)
-    lasts = asked.lasts.clamp_min(0)
-    own, first = of_key.gather(1, lasts), of_key.gather(1, torch.minimum(asked.starts, lasts))
+    lasts = asked.lasts.clamp_min(0).long()
+    own, first = of_key.gather(1, lasts), of_key.gather(1, torch.minimum(asked.starts.long(), lasts))
     chosen = _best_blocks(scores._replace(k=pooled.to(scores.k.dtype)), asked, first, own, rule)
     near, sinks = _always(asked, rule)
 

@@ -6,12 +6,11 @@ and take the best, in one or two levels (`kernels.levels`), for every query or f
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels.few import FEW
 from kernels.levels import one_or_two_levels
 from kernels.rule import Asked, Rule, Scores
-from kernels.windows import Windows
+from kernels.windows import Windows, spread
 from kernels.words import WORD
 
 
@@ -40,6 +39,7 @@ def select(
     share: int = 1,
     block: int = 0,
     candidates: int = 8,
+    documents: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select keys for T of S tokens, the last ones unless `past` says otherwise.
 
@@ -55,7 +55,9 @@ def select(
         leader: [B, S'] bool, S' ≤ S: the selection of the window that is open when the queries begin.
         past: [B] int, how many keys come before the first query, S − T at most. What `k` holds after the last query is
             not looked at: in a cache with room to grow, with `past` on the GPU, no shape depends on the token.
-        kind: and all that follow, see `Rule`.
+        kind: and all that follow but the last, see `Rule`.
+        documents: no row of these queries is of more; 0: it is not known, and to share windows the host waits for the
+            GPU to count them, in which a CUDA graph cannot hold it.
 
     Returns:
         words [B, ⌈T/32⌉, S] int32; the statistic [B, T] fp32 of `variance` and `entropy`, else 0; with share > 1 the
@@ -63,7 +65,7 @@ def select(
     """
     rule = Rule(kind, controller, k_base, k_min, k_max, temperature, tau, threshold, local_window, sink_tokens, share,
                 block, candidates)  # fmt: skip
-    return _select(Scores(q, k, weight, bias), starts, nominal, wanted, reference, leader, past, rule)
+    return _select(Scores(q, k, weight, bias), starts, nominal, wanted, reference, leader, past, rule, documents)
 
 
 @select.register_fake
@@ -91,6 +93,7 @@ def _(
     share: int = 1,
     block: int = 0,
     candidates: int = 8,
+    documents: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, keys = q.shape[0], q.shape[1], k.shape[1]
     words = q.new_empty(batch, (length + WORD - 1) // WORD, keys, dtype=torch.int32)
@@ -107,6 +110,7 @@ def _select(
     leader: Tensor | None,
     past: Tensor | None,
     rule: Rule,
+    documents: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length = nominal.shape
     num_keys = scores.k.shape[1]
@@ -121,22 +125,17 @@ def _select(
         return words, statistic, torch.empty(batch, 0, dtype=torch.bool, device=words.device)
 
     # Only the first query of a window selects: those queries alone are handled, then their selections are spread.
-    leads = (positions - asked.starts) % rule.share == 0
-    windows = Windows.of(asked.starts, positions, rule.share)
-    if length <= FEW:  # all are handled, so that the host need not know which lead
-        words, found = one_or_two_levels(scores, starts, asked, reference, rule)
-        number = torch.where(leads, torch.arange(length, device=words.device), -1).cummax(1).values
-        words, leader = windows.share(words, number, leader)
-        return words, torch.where(leads, found, 0.0), leader
-    number = leads.cumsum(1) - 1
-    count = number[:, -1] + 1
-    most = int(count.max())
-    places = torch.arange(length, device=leads.device).expand(batch, -1)
-    rows = places.new_zeros(batch, most + 1).scatter_(1, torch.where(leads, number, most), places)[:, :most]
-    led = asked.at(rows)
-    real = torch.arange(most, device=rows.device) < count[:, None]
-    led = led._replace(lasts=torch.where(real, led.lasts, -1))
-    words, found = one_or_two_levels(scores.at(rows), starts, led, reference, rule)
-    statistic = torch.where(leads, F.pad(found, (0, 1)).gather(1, number.clamp_min(0)), 0.0)
-    words, leader = windows.share(words, number, leader)
-    return words, statistic, leader
+    windows = Windows.of(asked, rule.share, _most_windows(asked, rule.share, documents))
+    words, found = one_or_two_levels(scores.at(windows.leaders), starts, windows.asked, reference, rule)
+    words, leader = spread(words, leader, windows.number, windows.firsts, positions)
+    return words, windows.of_queries(found, positions), leader
+
+
+def _most_windows(asked: Asked, share: int, documents: int) -> int:
+    """A bound on the windows that begin in a row of queries."""
+    length = asked.lasts.shape[1]
+    if length <= FEW:
+        return length
+    if documents:
+        return min(length, length // share + documents)
+    return int(((asked.lasts - asked.starts) % share == 0).sum(1).max())

@@ -22,7 +22,7 @@ from kernels.rule import Rule, Scores
 from kernels.select import select
 from kernels.support import INTERPRET
 from kernels.support import problem as problem_of_machine
-from kernels.windows import Windows, visible
+from kernels.windows import firsts_of, spread, visible
 from kernels.words import pack, unpack
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -75,8 +75,9 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
         assert asked.lower is not None  # the layer checks
         words = pack(asked.lower) if asked.lower.dtype == torch.bool else asked.lower
         if share > 1:
-            windows = Windows.of(tokens.own_starts, tokens.positions.expand_as(tokens.own_starts), share)
-            words, leader = windows.share(words, windows.firsts - tokens.positions[0], asked.leader)
+            firsts = firsts_of(tokens.own_starts, tokens.positions, share)
+            places = tokens.positions.expand_as(firsts)
+            words, leader = spread(words, asked.leader, firsts - tokens.positions[0], firsts, places)
     assert words is not None
 
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -155,9 +156,10 @@ def _select(
     nominal = controller.nominal(available)
     wanted = controller.ahead(available, tokens.hidden)
     reference = controller.reference if isinstance(controller, Uncertainty) else None
-    options = dataclasses.astuple(rule)
+    wanted = nominal if wanted is None else wanted
+    options, documents = dataclasses.astuple(rule), 0 if tokens.packed else 1
     return select(  # type: ignore[no-any-return]
-        *scores, tokens.starts, nominal, nominal if wanted is None else wanted, reference, leader, tokens.past, *options
+        *scores, tokens.starts, nominal, wanted, reference, leader, tokens.past, *options, documents
     )
 
 

@@ -59,8 +59,11 @@ INTEGERS |= {
     "taken",
     "tops",
     "sures",
-    "least",
-    "until",
+    "bits",
+    "led_starts",
+    "led_lasts",
+    "led_nominal",
+    "led_wanted",
 }
 FLOATS = {"biases", "bounds", "ceilings", "samples", "sums", "lse", "delta", "dweight", "dbias"}
 FLOATS |= {"negative_entropy", "expected", "mass", "losses"}
@@ -83,6 +86,7 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
         (unions._list, {"LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
         (unions._list, {"LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
+        (windows._lead, {"BLOCK": 4096}, {"num_warps": 8}),
         (windows._spread, {"BLOCK": 1024}, four),
         (dense_divergence._busy, {}, four),
         (levels._widen_kernel, {"BLOCK": 1024}, four),
@@ -100,9 +104,10 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     ]
     for num_keys in (1024, 4096, 8192):
         constants, options = parted(rows.of_program(num_keys))
-        found.append((rows._find, constants, options | {"maxnreg": rows.REGISTERS[tuned]}))
+        registers = {"maxnreg": rows.REGISTERS[tuned]}
+        found += [(rows._find, constants | {"FORCES": forces}, options | registers) for forces in (False, True)]
         found += [(rows._sums, constants | {"SUM": kind}, options) for kind in range(4)]
-    found.append((rows._write, {"BLOCK": 256}, {"num_warps": 8}))
+    found.append((rows._turn, {"BLOCK": 256}, four))
     for shape in (ONE_HEAD, FOUR_HEADS):
         of_block = {"M": few.MANY, "N": 128 if shape["HEADS"] == 1 else 64 if tuned else 32, "BLOCKS": 4, "SOME": False}
         found += [
@@ -221,7 +226,11 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
         return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
     if name == "marks":
         return "*i32" if kernel in (choose.choose, choose.choose_long) else "*i64"
-    of_words = kernel in (windows._spread, levels._widen_kernel)
+    of_words = kernel in (windows._lead, windows._spread, levels._widen_kernel)
+    if name in ("carried", "led"):
+        return "*i8"
+    if kernel is windows._lead and name in ("starts", "lasts", "nominal", "wanted", "leaders"):
+        return "*i64"
     if name in ("dk", "dv"):
         return "*i64" if constants.get("FIXED") else "*fp32"
     if name == "targets":

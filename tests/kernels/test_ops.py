@@ -14,11 +14,11 @@ import kernels.rows
 from kernels.attend import attend
 from kernels.divergence import divergence, divergence_gradients
 from kernels.few import choose_few
-from kernels.rule import Scores, scores_definition
+from kernels.rule import Asked, Scores, scores_definition
 from kernels.select import select
 from kernels.support import problem
 from kernels.target import target_definition
-from kernels.windows import spread, visible
+from kernels.windows import Windows, spread, spread_definition, visible
 from kernels.words import pack, unpack
 from tests.draw import INDEXERS, Draw
 
@@ -113,7 +113,9 @@ def test_selection_and_windows_pass_opcheck(draw: Draw, definitions: None) -> No
         inputs, options = selection(draw, "variance", "relu", 40, 35, False, share=share)
         torch.library.opcheck(select, inputs, options)
     words = pack(causal(draw, 2, 64, 40))
-    torch.library.opcheck(spread, (words, draw.integers(0, 63, 2, 35), *draw.integers(0, 39, 2, 2, 35)))
+    number, places = draw.integers(-1, 63, 2, 35), draw.integers(0, 39, 2, 2, 35)
+    for carried in (None, draw.integers(0, 1, 2, 30).bool()):
+        torch.library.opcheck(spread, (words, carried, number, *places))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 80])
@@ -301,6 +303,46 @@ def test_attention_without_keys_or_queries_is_nothing(draw: Draw) -> None:
     assert (out.shape, lse.shape) == (q.shape, (1, 0, 2))
     out, _ = attend(k.expand(1, 5, 1, 16), k, k, torch.zeros(1, 1, 5, dtype=torch.int32), 5)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("share", [1, 3, 32])
+def test_windows_equal_their_definition(draw: Draw, share: int) -> None:
+    length, keys = draw.random.choice([1, 16, 75]), 80
+    padding = draw.integers(0, keys, 2, 1)
+    starts = draw.random.choice([torch.maximum(draw.starts(2, keys), padding), padding.expand(2, keys)])
+    lasts = torch.arange(keys - length, keys).expand(2, -1)
+    asked = Asked(starts[:, keys - length :], lasts, *draw.integers(1, 9, 2, 2, length))
+    number_of_documents = 1 + int((starts.diff() != 0).sum(1).max())
+    most = min(length, length // share + number_of_documents)
+    found, expected = Windows.of(asked, share, most), Windows.definition(asked, share, most)
+    for x, y in zip((*found[:3], *found.asked), (*expected[:3], *expected.asked), strict=True):
+        assert torch.equal(x, y)
+    assert (found.number < most).all()
+    led = torch.where(found.firsts < keys - length, -1, found.leaders.gather(1, found.number.clamp_min(0).long()))
+    assert torch.equal(led, (found.firsts - (keys - length)).clamp_min(-1).long())
+
+
+@pytest.mark.parametrize("held", [None, 0, 20, 90])
+def test_spreading_equals_its_definition(draw: Draw, held: int | None) -> None:
+    length, keys = draw.random.choice([1, 32, 75]), 90
+    limit = draw.random.choice([5, 50, keys])  # no selection goes as far as any query sees
+    words = pack(draw.integers(0, 1, 2, 64, keys).bool() & (torch.arange(keys) < limit))
+    number = draw.integers(-1, 63, 2, length)
+    number = draw.random.choice([number, number[:, :1].expand(-1, length)])
+    carried = None if held is None else draw.integers(0, 1, 2, held).bool() & (torch.arange(held) < limit)
+    firsts, lasts = draw.integers(0, keys - 1, 2, length), draw.integers(limit - 1, keys - 1, 2, length)
+    found = spread(words, carried, number, firsts, lasts)
+    expected = spread_definition(words, carried, number, firsts, lasts)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_bound_on_documents_changes_no_selection(draw: Draw, way: str) -> None:
+    length = draw.random.choice([5, 40, 75])
+    inputs, options = selection(draw, "given", "gated_sigmoid", 80, length, False, share=draw.random.choice([4, 32]))
+    documents = 1 + int((inputs[4].diff() != 0).sum(1).max())
+    for x, y in zip(select(*inputs, **options), select(*inputs, **options, documents=documents), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_visible_words_are_causal_and_stay_in_their_document(draw: Draw) -> None:
