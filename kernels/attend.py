@@ -133,7 +133,7 @@ def attend(
         if roles:
             works = math.prod(grid)
             hopper.attend_tiles[hopper.grid(works, q)](
-                *inputs, grid[0], works, hopper.is_far(k), **shape, **hopper.LAUNCH
+                *inputs, grid[0], works // grid[0], FAR=hopper.is_far(k), **shape, **hopper.LAUNCH
             )
         else:
             _forward[grid](*inputs, **shape, **_meta(q, tiles))
@@ -187,8 +187,9 @@ def attend_backward(
         if roles:
             works, wide = math.prod(grid), math.prod(k.shape[1:]) >= 2**31
             hopper_backward.gradient_tiles[hopper.grid(works, q)](
-                *inputs, *sizes, grid[0], works, hopper.is_far(k), WIDE=wide, **shape, **hopper_backward.LAUNCH
-            )
+                *inputs, *sizes, grid[0], works // grid[0], WIDE=wide, FAR=hopper.is_far(k), **shape,
+                **hopper_backward.LAUNCH,
+            )  # fmt: skip
         else:
             meta = _meta(q, tiles, backward=True, fixed=deterministic)
             _backward[grid](*inputs, dk.unit, dv.unit, *sizes, **shape, FIXED=deterministic, **meta)

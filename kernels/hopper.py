@@ -37,7 +37,7 @@ copy_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = 128  # of a tile
-FAR = 2**25  # bytes of keys and values, from which on the L2 cache does not hold them all
+NEAR = 2**25  # bytes of keys and values that the L2 cache holds
 # As they were fastest on an H100, and together all that a multiprocessor has: registers of a thread before the warps
 # take their roles and then of those that compute and that load, and bytes of shared memory for three blocks of keys.
 LAUNCH = {"BLOCK": 128, "STAGES": 3, "COMPUTE": 208, "LOAD": 88, "num_warps": 4, "maxnreg": 168}
@@ -58,7 +58,7 @@ def grid(works: int, tensor: Tensor) -> tuple[int]:
 
 def is_far(k: Tensor) -> bool:
     """Whether keys and values [B, S, heads, d] are too many for the L2 cache."""
-    return 2 * k.numel() * k.element_size() > FAR
+    return 2 * k.numel() * k.element_size() > NEAR
 
 
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
@@ -88,33 +88,59 @@ def arrived(barrier):
 
 
 @gluon.jit
-def dealt(number, works):
-    """Which of pieces of work, the longest of which come last, is number `number`, dealt to and fro from the last on.
-
-    Each program takes every so manieth: in the order of their lengths some would have long ones only.
-    """
-    programs = gl.num_programs(0)
-    turn, place = number // programs, number % programs
-    back = (turn % 2 == 1) & ((turn + 1) * programs <= works)
-    return works - 1 - turn * programs - gl.where(back, programs - 1 - place, place)
+def share_of(works):
+    """How many pieces of work this program takes: every so manieth, of as many programs as there are."""
+    return gl.cdiv(works + unknown_zero(works) - gl.program_id(0), gl.num_programs(0))
 
 
 @gluon.jit
-def work_of(number, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr):
-    """Of a piece of work: tile, head of keys, part of its group, batch, where its list begins and how long it is.
+def dealt(nth, works):
+    """Which of pieces of work, the longest of which come last, is a program's `nth`, dealt to and fro from the last on.
 
-    Neighbouring tiles of one head come together where keys are `FAR`: they read much the same, which the L2 cache then
-    holds. Where it holds all keys, tiles are `dealt`: those of a sequence's beginning have short lists.
+    In the order of their lengths some programs would have long ones only.
     """
-    capacity, tiles, works, far = sizes[3], sizes[4], sizes[5], sizes[6]
-    tile, rest = number % tiles, number // tiles
-    if far == 0:
-        of_tile = works // tiles
-        number = dealt(number, works)
-        tile, rest = number // of_tile, number % of_tile
-    head, batch = rest % (KV_HEADS * PARTS), rest // (KV_HEADS * PARTS)
-    count = gl.load(counts + batch * tiles + tile)
-    return tile, head // PARTS, head % PARTS, batch.to(gl.int64), (batch.to(gl.int64) * tiles + tile) * capacity, count
+    zero = unknown_zero(nth)
+    programs, place = gl.num_programs(0) + zero, gl.program_id(0) + zero
+    back = (nth % 2 == 1) & ((nth + 1) * programs <= works)
+    return works - 1 - nth * programs - gl.where(back, programs - 1 - place, place)
+
+
+@gluon.jit
+def piece_of(nth, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr, FAR: gl.constexpr):
+    """Of a program's `nth` piece of work: tile, head of keys and part of its group in one, and batch.
+
+    Neighbouring tiles of one head come together where keys are FAR (`is_far`): they read much the same, which the L2
+    cache then holds. Where it holds all keys, tiles are `dealt`: those of a sequence's beginning have short lists.
+
+    With no more divisions than there must be: a piece's first product waits for what comes of them.
+    """
+    zero = unknown_zero(nth)  # else divisors are prepared before all loops and kept
+    tiles, of_tile = sizes[4] + zero, sizes[5] + zero
+    if FAR:
+        number = nth * gl.num_programs(0) + gl.program_id(0)
+        rest = number // tiles
+        tile = number - rest * tiles
+    else:
+        number = dealt(nth, tiles * of_tile)
+        tile = number // of_tile
+        rest = number - tile * of_tile
+    return tile, rest % (KV_HEADS * PARTS), rest // (KV_HEADS * PARTS)
+
+
+@gluon.jit
+def length_of(nth, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr, FAR: gl.constexpr):
+    """How long the list of a program's `nth` piece of work is."""
+    tile, _, batch = piece_of(nth, sizes, KV_HEADS, PARTS, FAR)
+    return gl.load(counts + batch * sizes[4] + tile)
+
+
+@gluon.jit
+def work_of(nth, counts, sizes, KV_HEADS: gl.constexpr, PARTS: gl.constexpr, FAR: gl.constexpr):
+    """Of a piece of work: tile, head of keys, part of its group, batch, where its list begins and how long it is."""
+    tile, head, batch = piece_of(nth, sizes, KV_HEADS, PARTS, FAR)
+    count = gl.load(counts + batch * sizes[4] + tile)
+    entries = (batch.to(gl.int64) * sizes[4] + tile) * sizes[3]
+    return tile, head // PARTS, head % PARTS, batch.to(gl.int64), entries, count
 
 
 @gluon.jit
@@ -133,7 +159,7 @@ def rows_of_tile(
 def _load(
     q, k, v, list_keys, list_words, counts, sizes, rings, barriers,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
-    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes of a thread
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
@@ -142,17 +168,10 @@ def _load(
     word_entry = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
     queries, keys, values, words = rings
     ready_q, empty_q, ready_k, empty_k, ready_v, empty_v = barriers
-    num_keys, works = sizes[2], sizes[5]
+    num_keys = sizes[2]
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(1)
-    for number in range(gl.program_id(0), works, gl.num_programs(0)):
-        tile, kv_head, part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
-        mbarrier.wait(empty_q, turn)
-        for side in gl.static_range(2):
-            at, real = rows_of_tile(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
-            at = gl.where(real, at, 0)  # any that may be read: what comes of it is not stored
-            copy(queries.index(side), q + (at * D)[:, None] + channel)
-        arrived(ready_q)
-        turn ^= 1
+    for nth in range(share_of(sizes[4] * sizes[5])):
+        tile, kv_head, part, batch, entries, count = work_of(nth, counts, sizes, KV_HEADS, PARTS, FAR)
         kv = (batch * num_keys * KV_HEADS + kv_head) * D
         last = gl.maximum(gl.cdiv(count, BLOCK) - 1, 0) * BLOCK
         key = gl.load(list_keys + entries + entry)
@@ -170,6 +189,15 @@ def _load(
             copy(values.index(stage), v + kv + place)
             arrived(ready_v.index(stage))
             stage, phase = advance(stage, phase, STAGES)
+            if i == 0:  # there is room for the first keys before there is for the queries
+                mbarrier.wait(empty_q, turn)
+                for side in gl.static_range(2):
+                    rows = side * 64 + row + unknown_zero(i)
+                    at, real = rows_of_tile(rows, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
+                    at = gl.where(real, at, 0)  # any that may be read: what comes of it is not stored
+                    copy(queries.index(side), q + (at * D)[:, None] + channel)
+                arrived(ready_q)
+                turn ^= 1
 
 
 @gluon.jit
@@ -200,6 +228,7 @@ def _compute(
     counts, out, lse, scale, sizes, rings, barriers,
     SIDE: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
     PART: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    FAR: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = out.dtype.element_ty
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -214,17 +243,20 @@ def _compute(
     queries, keys, values, words = rings
     ready_q, empty_q, ready_k, empty_k, ready_v, empty_v = barriers
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for number in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
-        tile, kv_head, part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
+    works = share_of(sizes[4] * sizes[5])
+    count = length_of(0, counts, sizes, KV_HEADS, PARTS, FAR)
+    for nth in range(works):
+        tile, kv_head, part, batch, _, _ = work_of(nth, counts, sizes, KV_HEADS, PARTS, FAR)
         bit = gl.full([64], 1, gl.int32, ROW) << (tile * TILE % 32 + row // PART)
         highest = gl.full([64], -1e30, gl.float32, ROW)  # of the logits before they are scaled
         total = gl.zeros([64], gl.float32, ROW)
         acc = gl.zeros([64, D], gl.float32, OUT)
-        mbarrier.wait(ready_q, turn)
-        turn ^= 1
         if count > 0:
+            mbarrier.wait(ready_q, turn)
+            turn ^= 1
             mbarrier.wait(ready_k.index(stage), phase)
             logits = warpgroup_mma(queries.index(SIDE), keys.index(stage).permute((1, 0)), nothing, use_acc=False)
+            mbarrier.arrive(empty_q, pred=count <= BLOCK)
             word = words.index(stage).load(WORD)
             mbarrier.arrive(empty_k.index(stage))
             p, highest, total, shrink = _softmax(logits, word, bit, highest, total, scale, LEFT, TYPE)
@@ -237,6 +269,7 @@ def _compute(
                 mbarrier.wait(ready_v.index(stage), phase)
                 acc = warpgroup_mma(p, values.index(stage), acc, is_async=True)
                 logits = warpgroup_mma_wait(1, deps=[logits])
+                mbarrier.arrive(empty_q, pred=i + BLOCK >= count)
                 word = words.index(later).load(WORD)
                 mbarrier.arrive(empty_k.index(later))
                 following, highest, total, shrink = _softmax(logits, word, bit, highest, total, scale, LEFT, TYPE)
@@ -248,32 +281,30 @@ def _compute(
                 mbarrier.arrive(empty_v.index(stage))
                 acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
                 p, stage, phase, later, later_phase = following, later, later_phase, third, third_phase
-            mbarrier.arrive(empty_q)
             mbarrier.wait(ready_v.index(stage), phase)
             acc = warpgroup_mma(p, values.index(stage), acc)
             mbarrier.arrive(empty_v.index(stage))
             stage, phase = advance(stage, phase, STAGES)
-        else:
-            mbarrier.arrive(empty_q)
+        # of the next one, in good time
+        count = length_of(gl.minimum(nth + 1, works - 1), counts, sizes, KV_HEADS, PARTS, FAR)
         empty = total == 0
         log = gl.where(empty, float("-inf"), (highest * scale + gl.log2(total)) * 0.6931471805599453)
         at, real = rows_of_tile(row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
         gl.store(lse + at, log, mask=real)
-        acc = acc / gl.convert_layout(gl.where(empty, 1.0, total), OUT_ROW)[:, None]
+        acc = acc * gl.convert_layout(1 / gl.where(empty, 1.0, total), OUT_ROW)[:, None]
         at, real = rows_of_tile(out_row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
         gl.store(out + (at * D)[:, None] + channel, acc.to(TYPE), mask=real[:, None])
 
 
 @gluon.jit
 def attend_tiles(
-    q, k, v, list_keys, list_words, counts, out, lse, scale, first, length, num_keys, capacity, tiles, works,
-    far,
+    q, k, v, list_keys, list_words, counts, out, lse, scale, first, length, num_keys, capacity, tiles, of_tile,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
-    PARTS: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, COMPUTE: gl.constexpr,
-    LOAD: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr, FAR: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    COMPUTE: gl.constexpr, LOAD: gl.constexpr,
 ):  # fmt: skip
-    """As `kernels.attend._forward`; lists are padded to BLOCK, and `works` is tiles × heads of keys × PARTS × batch,
-    `far` is `is_far`."""
+    """As `kernels.attend._forward`; lists are padded to BLOCK, and `of_tile` is heads of keys × PARTS × batch, and
+    FAR `is_far`."""
     TYPE: gl.constexpr = q.dtype.element_ty
     OPERAND: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], TYPE)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -299,15 +330,15 @@ def attend_tiles(
         mbarrier.init(empty_v.index(i), count=2)
     fence_async_shared()
     barriers = (ready_q, empty_q, ready_k, empty_k, ready_v, empty_v)
-    sizes = (first, length, num_keys, capacity, tiles, works, far)
+    sizes = (first, length, num_keys, capacity, tiles, of_tile)
     gl.warp_specialize(
         [
             (_compute, (counts, out, lse, scale, sizes, rings, barriers, 0, HEADS, KV_HEADS, D, TILE, PART, PARTS,
-                        BLOCK, STAGES)),
+                        BLOCK, STAGES, FAR)),
             (_compute, (counts, out, lse, scale, sizes, rings, barriers, 1, HEADS, KV_HEADS, D, TILE, PART, PARTS,
-                        BLOCK, STAGES)),
+                        BLOCK, STAGES, FAR)),
             (_load, (q, k, v, list_keys, list_words, counts, sizes, rings, barriers, HEADS, KV_HEADS, D, TILE, PART,
-                     PARTS, BLOCK, STAGES, WIDE)),
+                     PARTS, BLOCK, STAGES, WIDE, FAR)),
         ],
         [4, 4],
         [COMPUTE, LOAD],

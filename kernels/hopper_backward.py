@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hopper import advance, arrived, chosen, copy, rows_of_tile, unknown_zero, work_of
+from kernels.hopper import advance, arrived, chosen, copy, rows_of_tile, share_of, unknown_zero, work_of
 
 # as in `kernels.hopper`
 LAUNCH = {"BLOCK": 64, "STAGES": 2, "COMPUTE": 200, "LOAD": 56, "ADD": 56, "num_warps": 4, "maxnreg": 128}
@@ -28,7 +28,7 @@ LAUNCH = {"BLOCK": 64, "STAGES": 2, "COMPUTE": 200, "LOAD": 56, "ADD": 56, "num_
 def _load(
     q, k, v, grad, list_keys, list_words, counts, sizes, rings, barriers,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
-    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes of a thread
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
@@ -37,10 +37,10 @@ def _load(
     word_entry = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
     queries, upstream, keys, values, words, _, _ = rings
     ready_q, empty_q, ready, empty = barriers
-    num_keys, works = sizes[2], sizes[5]
+    num_keys = sizes[2]
     stage, phase, turn = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(1)
-    for number in range(gl.program_id(0), works, gl.num_programs(0)):
-        tile, kv_head, part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
+    for nth in range(share_of(sizes[4] * sizes[5])):
+        tile, kv_head, part, batch, entries, count = work_of(nth, counts, sizes, KV_HEADS, PARTS, FAR)
         mbarrier.wait(empty_q, turn)
         for side in gl.static_range(2):
             at, real = rows_of_tile(side * 64 + row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
@@ -69,15 +69,15 @@ def _load(
 @gluon.jit
 def _add(
     list_keys, counts, dk, dv, sizes, made, barriers,
-    KV_HEADS: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr,
+    KV_HEADS: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr, FAR: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])  # whole rows of a warp
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     entry = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
     ready, empty = barriers
     phase = gl.to_tensor(0)
-    for number in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
-        _tile, kv_head, _part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
+    for nth in range(share_of(sizes[4] * sizes[5])):
+        _tile, kv_head, _part, batch, entries, count = work_of(nth, counts, sizes, KV_HEADS, PARTS, FAR)
         kv = (batch * sizes[2] * KV_HEADS + kv_head) * D
         for i in range(0, count, BLOCK):
             for side in gl.static_range(2):
@@ -96,6 +96,7 @@ def _compute(
     counts, lse, delta, dq, scale, sizes, rings, made, barriers,
     SIDE: gl.constexpr, TYPE: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr,
     TILE: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    FAR: gl.constexpr,
 ):  # fmt: skip
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -108,8 +109,8 @@ def _compute(
     queries, upstream, keys, values, words, ps, dss = rings
     ready_q, empty_q, ready, empty, handed, taken, ready_made, empty_made = barriers
     stage, phase, turn, hand = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for number in range(gl.program_id(0), sizes[5], gl.num_programs(0)):
-        tile, kv_head, part, batch, entries, count = work_of(number, counts, sizes, KV_HEADS, PARTS)
+    for nth in range(share_of(sizes[4] * sizes[5])):
+        tile, kv_head, part, batch, entries, count = work_of(nth, counts, sizes, KV_HEADS, PARTS, FAR)
         at, real = rows_of_tile(row, tile, kv_head, part, batch, sizes, HEADS, KV_HEADS, TILE, PART)
         bit = gl.where(real, gl.full([64], 1, gl.int32, ROW) << (tile * TILE % 32 + row // PART), 0)
         log = gl.load(lse + at, mask=real, other=0.0) * 1.4426950408889634
@@ -171,10 +172,10 @@ def _compute(
 @gluon.jit
 def gradient_tiles(
     q, k, v, list_keys, list_words, counts, grad, lse, delta, dq, dk, dv, scale, first, length, num_keys, capacity,
-    tiles, works, far,
+    tiles, of_tile,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, PART: gl.constexpr,
-    PARTS: gl.constexpr, WIDE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, COMPUTE: gl.constexpr,
-    LOAD: gl.constexpr, ADD: gl.constexpr,
+    PARTS: gl.constexpr, WIDE: gl.constexpr, FAR: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    COMPUTE: gl.constexpr, LOAD: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q.dtype.element_ty
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, D], TYPE)
@@ -214,16 +215,16 @@ def gradient_tiles(
     fence_async_shared()
     of_loads, of_sums = (ready_q, empty_q, ready, empty), (ready_made, empty_made)
     barriers = (ready_q, empty_q, ready, empty, handed, taken, ready_made, empty_made)
-    sizes = (first, length, num_keys, capacity, tiles, works, far)
+    sizes = (first, length, num_keys, capacity, tiles, of_tile)
     gl.warp_specialize(
         [
             (_compute, (counts, lse, delta, dq, scale, sizes, rings, made, barriers, 0, TYPE, HEADS, KV_HEADS, D,
-                        TILE, PART, PARTS, BLOCK, STAGES)),
+                        TILE, PART, PARTS, BLOCK, STAGES, FAR)),
             (_compute, (counts, lse, delta, dq, scale, sizes, rings, made, barriers, 1, TYPE, HEADS, KV_HEADS, D,
-                        TILE, PART, PARTS, BLOCK, STAGES)),
+                        TILE, PART, PARTS, BLOCK, STAGES, FAR)),
             (_load, (q, k, v, grad, list_keys, list_words, counts, sizes, rings, of_loads, HEADS, KV_HEADS, D, TILE,
-                     PART, PARTS, BLOCK, STAGES, WIDE)),
-            (_add, (list_keys, counts, dk, dv, sizes, made, of_sums, KV_HEADS, D, PARTS, BLOCK)),
+                     PART, PARTS, BLOCK, STAGES, WIDE, FAR)),
+            (_add, (list_keys, counts, dk, dv, sizes, made, of_sums, KV_HEADS, D, PARTS, BLOCK, FAR)),
         ],
         [4, 4, 4],
         [COMPUTE, LOAD, ADD],

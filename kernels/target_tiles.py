@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
-from kernels.hopper import advance, arrived, copy, dealt
+from kernels.hopper import advance, arrived, copy, dealt, share_of
 
 KEYS = gl.constexpr(128)  # of a group of warps
 RUNS = 2  # pieces of work for the list of one tile: side by side they read its queries from the L2 cache
@@ -45,8 +45,8 @@ def _load(
     ready_k, empty_k, ready_q, empty_q = barriers
     first, length, num_keys, capacity, tiles, works = sizes
     k_stage, k_phase, stage, phase = gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(0), gl.to_tensor(1)
-    for number in range(gl.program_id(0), works, gl.num_programs(0)):
-        tile, batch, list_, begin, end = _work(dealt(number, works), counts, capacity, tiles, RUNS)
+    for nth in range(share_of(works)):
+        tile, batch, list_, begin, end = _work(dealt(nth, works), counts, capacity, tiles, RUNS)
         keys_at = list_keys + list_.to(gl.int64) * capacity
         padded = gl.cdiv(end, 128) * 128  # as lists are
         query = first + tile * 32
@@ -93,8 +93,8 @@ def _compute(
     ready_k, empty_k, ready_q, empty_q = barriers
     capacity, tiles, works = sizes[3], sizes[4], sizes[5]
     k_stage, k_phase, stage, phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for number in range(gl.program_id(0), works, gl.num_programs(0)):
-        tile, batch, list_, begin, end = _work(dealt(number, works), counts, capacity, tiles, RUNS)
+    for nth in range(share_of(works)):
+        tile, batch, list_, begin, end = _work(dealt(nth, works), counts, capacity, tiles, RUNS)
         for i in range(begin, end, 2 * KEYS):
             mean = gl.zeros([KEYS, 32], gl.float32, MEAN)
             for _kv_head in range(KV_HEADS):

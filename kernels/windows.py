@@ -108,9 +108,7 @@ def spread(
 
 
 @spread.register_fake
-def _(
-    words: Tensor, carried: Tensor | None, number: Tensor, firsts: Tensor, lasts: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(words: Tensor, carried: Tensor | None, number: Tensor, firsts: Tensor, lasts: Tensor) -> tuple[Tensor, Tensor]:
     batch, num_keys = number.shape[0], words.shape[2]
     return (
         words.new_empty(batch, (number.shape[1] + WORD - 1) // WORD, num_keys),

@@ -141,11 +141,12 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         found.append((attend._forward, {**of_tile, "WIDE": False}, {"num_warps": 4, "num_stages": 5 if tuned else 2}))
         if tuned:
             heads = {"HEADS": 32, "KV_HEADS": 8, "D": size}
-            constants, options = parted(hopper.LAUNCH)
-            tile = {"PART": 4, "TILE": 32, "PARTS": 1, "WIDE": False}
-            found.append((hopper.attend_tiles, heads | tile | constants, options))
-            constants, options = parted(hopper_backward.LAUNCH)
-            found.append((hopper_backward.gradient_tiles, heads | tile | constants, options))
+            for far in (False, True):
+                tile = {"PART": 4, "TILE": 32, "PARTS": 1, "WIDE": False, "FAR": far}
+                constants, options = parted(hopper.LAUNCH)
+                found.append((hopper.attend_tiles, heads | tile | constants, options))
+                constants, options = parted(hopper_backward.LAUNCH)
+                found.append((hopper_backward.gradient_tiles, heads | tile | constants, options))
             constants, options = parted(target_tiles.LAUNCH | {"RUNS": target_tiles.RUNS})
             found += [
                 (
