@@ -34,13 +34,15 @@ def best(
         candidates: gives the words of the queries' candidates; `None`: all keys are.
     """
     batch, count = asked.lasts.shape
-    words = torch.empty(batch, -(-count // WORD), scores.k.shape[1], dtype=torch.int32, device=scores.q.device)
-    statistic = torch.zeros(batch, count, dtype=torch.float32, device=words.device)
+    num_keys = scores.k.shape[1]
+    few, short = count <= FEW, num_keys <= rows.ROOM
     find = _best_definition
     if runs_triton(scores.q):
-        find = _best_at_hand if count <= FEW or words.shape[2] <= rows.ROOM else best_enclosed
-        if count <= FEW or find is best_enclosed:
-            words.zero_()  # bits are set in them; `kernels.rows` writes them all
+        find = _best_at_hand if few or short else best_enclosed
+    written = short and not few  # the other ways set bits
+    make = torch.empty if written else torch.zeros
+    words = make(batch, -(-count // WORD), num_keys, dtype=torch.int32, device=scores.q.device)
+    statistic = torch.zeros(batch, count, dtype=torch.float32, device=words.device)
     if words.numel():
         find(Task(scores, asked, reference, rule, most, candidates), words, statistic)
     if rule.controller == "threshold":

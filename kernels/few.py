@@ -151,16 +151,21 @@ def query_of(places, lasts, num_rows, SOME: tl.constexpr):
 
 
 @triton.jit
-def orders(values, starts, lasts, local, sink, slot, row, key, num_keys, FORCES: tl.constexpr = True):
-    """`ordered` scores of a query's keys, those that it does not see −2³¹, and forced ones highest if any are.
+def orders(values, starts, lasts, local, sink, slot, row, key, num_keys):
+    """`ordered` scores of a query's keys, those that it does not see −2³¹, and forced ones highest.
 
     Or of several queries', whose `slot` and `row` are [N, 1], with keys [1, S].
     """
     start, last = tl.load(starts + row), tl.load(lasts + row)
-    seen = (key >= start) & (key <= last)
+    return orders_between(values + slot * num_keys, start, last, local, sink, key, num_keys, True)
+
+
+@triton.jit
+def orders_between(values, start, last, local, sink, key, num_keys, FORCES: tl.constexpr):
+    """The same of what is at `values`, from the first key that a query sees to the last; FORCES: any may be forced."""
     near = (key >= start // 16 * 16) & (key < (last // 16 + 1) * 16) & (key < num_keys)  # 16 bytes are loaded at once
-    order = tl.load(values + slot * num_keys + key, mask=near, other=0)
-    order = tl.where(seen, order, -2147483648)
+    order = tl.load(values + key, mask=near, other=0)
+    order = tl.where((key >= start) & (key <= last), order, -2147483648)
     if FORCES:
         forced = (key > last - local) | (key < start + sink)
         highest = ordered(tl.full(key.shape, FORCED, tl.float32))

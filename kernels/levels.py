@@ -16,20 +16,21 @@ from kernels.words import WORD, pack, unpack
 
 
 def one_or_two_levels(
-    scores: Scores, starts: Tensor, asked: Asked, reference: Tensor | None, rule: Rule
+    scores: Scores, starts: Tensor, asked: Asked, reference: Tensor | None, rule: Rule, documents: int
 ) -> tuple[Tensor, Tensor]:
-    """Words [B, ⌈R/32⌉, S] and statistic [B, R] of queries that each select for themselves."""
+    """Words [B, ⌈R/32⌉, S] and statistic [B, R] of queries that each select for themselves; `documents` as of
+    `kernels.select.select`."""
     most = rule.most(scores.k.shape[1])
     if not rule.block or not asked.lasts.shape[1]:
         return best(scores, asked, reference, rule, most, None)
     few = asked.lasts.shape[1] <= FEW
-    candidates = _of_few(scores, asked, rule) if few else _of_many(scores, starts, asked, rule)
+    candidates = _of_few(scores, asked, rule) if few else _of_many(scores, starts, asked, rule, documents)
     return best(scores, asked, reference, rule, most, candidates)
 
 
-def _of_many(scores: Scores, starts: Tensor, asked: Asked, rule: Rule) -> Candidates:
+def _of_many(scores: Scores, starts: Tensor, asked: Asked, rule: Rule, documents: int) -> Candidates:
     """The candidates of queries, by blocks that are pooled once for all of them."""
-    pooled, of_key = pool(scores.k, starts, rule.block)
+    pooled, of_key = pool(scores.k, starts, rule.block, documents)
     lasts = asked.lasts.clamp_min(0).long()
     own, first = of_key.gather(1, lasts), of_key.gather(1, torch.minimum(asked.starts.long(), lasts))
     chosen = _best_blocks(scores._replace(k=pooled.to(scores.k.dtype)), asked, first, own, rule)
@@ -94,15 +95,18 @@ def _with_always(mask: Tensor, near: Tensor, sinks: Tensor, asked: Asked) -> Ten
     return mask & (key >= asked.starts[..., None]) & (key <= asked.lasts[..., None])
 
 
-def pool(keys: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def pool(keys: Tensor, starts: Tensor, size: int, documents: int = 0) -> tuple[Tensor, Tensor]:
     """Mean keys [B, N, d] of blocks that are counted from the start of each document, and each key's block [B, S].
 
-    Means are in fp32 or better: sums of bf16 would depend on their order.
+    N is the number of blocks, for which the host waits for the GPU, or, where no row has more than so many documents, a
+    bound on it. Means are in fp32 or better: sums of bf16 would depend on their order.
     """
     begins = (torch.arange(keys.shape[1], device=keys.device) - starts) % size == 0
     begins[:, :1] = True  # also where padding stands before the first document
     of_key = begins.cumsum(1) - 1
-    count = int(of_key.max()) + 1 if of_key.numel() else 0
+    count = 0
+    if of_key.numel():
+        count = keys.shape[1] // size + documents + 1 if documents else int(of_key.max()) + 1
     keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     total = keys.new_zeros(keys.shape[0], count, keys.shape[2])
     total.scatter_add_(1, of_key[..., None].expand_as(keys), keys)

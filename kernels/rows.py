@@ -13,15 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.few import Limits, number, orders
+from kernels.few import Limits, number, orders_between
 from kernels.scan import ENTROPY, REACHED, VARIANCE
 from kernels.scores import FORCED, between, deviations, narrowed, ordered, unordered
 from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
 
-ROOM = 2**13  # scores of a query that a program holds
-REGISTERS = (96, 64)  # of a thread that finds, and on sm_90: four programs of 8192 at a time, as was fastest on an H100
-PAIRS = 2**28  # of queries and keys whose scores exist at one time
-LEVELS = tl.constexpr(2)
+ROOM = 2**14  # scores of a query that a program holds
+PAIRS = 2**27  # of queries and keys whose scores exist at one time
+CHUNKS = tl.constexpr(2 if INTERPRET else 8)  # of a program's numbers; those without a key that is seen are skipped
 CLOSE = tl.constexpr(0.05)  # deviations
 
 
@@ -31,13 +30,14 @@ def choose_rows(
     """Write the words [B, ⌈R/32⌉, S] of each query's `wanted` best keys, S ≤ `ROOM`; as `kernels.few.choose_few`."""
     batch, rows, num_keys = values.shape
     bits = torch.empty(batch, rows, cdiv(num_keys, 32), dtype=torch.int32, device=values.device)
+    forces = limits.local_window + limits.sink_tokens > 0
     _find[(rows, batch)](
-        values, starts, lasts, wanted, *limits, bits, rows, num_keys, maxnreg=REGISTERS[tuned(values)],
-        FORCES=limits.local_window + limits.sink_tokens > 0, **of_program(num_keys),
+        values, starts, lasts, wanted, *limits, bits, rows, num_keys, FORCES=forces,
+        **of_search(num_keys, tuned(values)),
     )  # fmt: skip
     block = 16 if INTERPRET else 256
     _turn[(cdiv(num_keys, block), cdiv(rows, 32), batch)](
-        bits, lasts, words, word_stride, rows, num_keys, BLOCK=block, num_warps=4
+        bits, starts, lasts, words, word_stride, rows, num_keys, BLOCK=block, num_warps=4
     )
 
 
@@ -57,48 +57,75 @@ def sums_of_rows(
     numbers = torch.empty(batch, rows, dtype=torch.int32, device=values.device)
     _sums[(rows, batch)](
         values, starts, lasts, limits.local_window, limits.sink_tokens, sums, numbers, tau, threshold, rows, num_keys,
-        SUM=kind, **of_program(num_keys),
+        SUM=kind, **of_sums(num_keys),
     )  # fmt: skip
     return sums, numbers
 
 
-def of_program(num_keys: int) -> dict[str, int]:
+def of_sums(num_keys: int) -> dict[str, int]:
     """How a program is launched that holds so many numbers: 32 of a thread."""
     p = max(next_power_of_2(num_keys), 64 if INTERPRET else 1024)
-    return {"P": p, "num_warps": max(p // 1024, 4)}
+    return {"P": p, "num_warps": max(p // 1024, 4), "maxnreg": 128}
+
+
+def of_search(num_keys: int, tuned: bool) -> dict[str, int]:
+    """The same of one that finds. On an H100 four programs of 8192 numbers at a time were fastest, or two of 16,384,
+    with 64 of a thread."""
+    launch = of_sums(num_keys)
+    if not tuned:
+        return launch | {"maxnreg": 96}
+    return launch | ({"maxnreg": 64} if launch["P"] <= 2**13 else {"num_warps": launch["P"] // 2048})
 
 
 @triton.jit
-def _sums_of_two(n, s, q, n_, s_, q_):
+def _alive(i, start, last, CHUNK: tl.constexpr):
+    """Whether any key that a query sees is in its chunk i."""
+    return (i * CHUNK <= last) & (start < (i + 1) * CHUNK)
+
+
+@triton.jit
+def _together(n, s, q, n_, s_, q_):
     return n + n_, s + s_, q + q_
 
 
 @triton.jit
-def _guesses(order, above, want):
+def _guesses(orders, start, last, above, want):
     """Two numbers between which the `want`-th largest is, where scores are spread as normal ones are.
 
     `above` of the largest are left out, which would mislead as forced keys do; mean and deviation are those of every
     fourth number.
     """
-    P: tl.constexpr = order.shape[0]
-    half, _ = tl.split(tl.reshape(order, (P // 2, 2)))
-    some, _ = tl.split(tl.reshape(half, (P // 4, 2)))
+    CHUNK: tl.constexpr = orders[0].shape[0]
     top = ordered(tl.full((), FORCED, tl.float32))
-    free = (some != -2147483648) & (some < top)
-    score = tl.where(free, unordered(some), 0.0)
-    count, total, squares = tl.reduce((free.to(tl.int32), score, score * score), 0, _sums_of_two)
-    count = tl.maximum(count, 1).to(tl.float32)
-    mean = total / count
-    deviation = tl.sqrt(tl.maximum(squares / count - mean * mean, 0.0))
-    z = deviations((want - above).to(tl.float32) / (4 * count))
+    count = tl.zeros((CHUNK // 4,), tl.int32)
+    total, squares = tl.zeros((CHUNK // 4,), tl.float32), tl.zeros((CHUNK // 4,), tl.float32)
+    for i in tl.static_range(CHUNKS):
+        if _alive(i, start, last, CHUNK):
+            half, _ = tl.split(tl.reshape(orders[i], (CHUNK // 2, 2)))
+            some, _ = tl.split(tl.reshape(half, (CHUNK // 4, 2)))
+            free = (some != -2147483648) & (some < top)
+            score = tl.where(free, unordered(some), 0.0)
+            count += free.to(tl.int32)
+            total += score
+            squares += score * score
+    number, total, squares = tl.reduce((count, total, squares), 0, _together)
+    number = tl.maximum(number, 1).to(tl.float32)
+    mean = total / number
+    deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
+    z = deviations((want - above).to(tl.float32) / (4 * number))
     low, high = ordered(mean + deviation * (z - CLOSE)), ordered(mean + deviation * (z + CLOSE))  # NaN is above all
     return tl.minimum(tl.minimum(low, high), top), tl.minimum(high, top)
 
 
 @triton.jit
-def _reach(order, low, high):
+def _reach(orders, start, last, low, high):
     """How many numbers reach each of two."""
-    both = tl.sum((order >= low).to(tl.int32) + ((order >= high).to(tl.int32) << 16))
+    CHUNK: tl.constexpr = orders[0].shape[0]
+    both = tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        if _alive(i, start, last, CHUNK):
+            both += (orders[i] >= low).to(tl.int32) + ((orders[i] >= high).to(tl.int32) << 16)
+    both = tl.sum(both)
     return both & 65535, both >> 16
 
 
@@ -108,62 +135,94 @@ def _lesser(a, n, b, m):
 
 
 @triton.jit
-def best_of(order, want, above, key):
-    """Which of the numbers [P] are the `want` largest, at least one and no more than there are above −2³¹; of those
-    equal to the least of them, the earliest.
+def _least(orders, start, last, low):
+    """The least number that reaches `low`, and how many are equal to it."""
+    CHUNK: tl.constexpr = orders[0].shape[0]
+    least, same = tl.full((CHUNK,), 2147483647, tl.int32), tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        if _alive(i, start, last, CHUNK):
+            least, same = _lesser(least, same, tl.where(orders[i] >= low, orders[i], 2147483647), 1)
+    return tl.reduce((least, same), 0, _lesser)
+
+
+@triton.jit
+def _largest(orders, start, last, top):
+    """The largest number that does not reach `top`."""
+    CHUNK: tl.constexpr = orders[0].shape[0]
+    largest = tl.full((CHUNK,), -2147483648, tl.int32)
+    for i in tl.static_range(CHUNKS):
+        if _alive(i, start, last, CHUNK):
+            largest = tl.maximum(largest, tl.where(orders[i] >= top, -2147483648, orders[i]))
+    return tl.max(largest)
+
+
+@triton.jit
+def _equals(orders, start, last, least, until):
+    """How many numbers are equal to `least`, of keys up to `until`."""
+    CHUNK: tl.constexpr = orders[0].shape[0]
+    count = tl.zeros((CHUNK,), tl.int32)
+    for i in tl.static_range(CHUNKS):
+        if _alive(i, start, last, CHUNK):
+            key = i * CHUNK + tl.arange(0, CHUNK)
+            count += ((orders[i] == least) & (key <= until)).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
+def kth(orders, start, last, want, above):
+    """The `want`-th largest of the numbers, of which there are at least so many above −2³¹, and the last key of those
+    equal to it that belong to the `want` largest.
 
     Two guesses enclose it in most rows. What is between is searched by two numbers at a time, close to each other on
     the straight line along which a smooth tail nearly lies, and by bisection every third time: no scores take more than
-    three times as long as by bisection alone. The last ones too many are dropped one by one.
+    three times as long as by bisection alone. A last one too many is dropped.
     """
     top = ordered(tl.full((), FORCED, tl.float32))
-    low, high = _guesses(order, above, want)
-    reached, above = _reach(order, low, high)
+    low, high = _guesses(orders, start, last, above, want)
+    reached, above = _reach(orders, start, last, low, high)
     if (reached < want) | (above >= want):
         if reached < want:
             high, above = low - 1, reached
-            low = tl.min(tl.where(order == -2147483648, 2147483647, order))
-            reached = tl.sum((order != -2147483648).to(tl.int32))
+            low, _ = _least(orders, start, last, -2147483647)
+            reached, _ = _reach(orders, start, last, low, low)
         else:
             low, reached = high, above
-            above = tl.sum((order >= top).to(tl.int32))
-            high = tl.max(tl.where(order >= top, -2147483648, order))
+            above, _ = _reach(orders, start, last, top, top)
+            high = _largest(orders, start, last, top)
             if above >= want:  # more than are wanted are forced or not finite
                 low, high, reached, above = top, tl.full((), 2147483647, tl.int32), above, tl.full((), 0, tl.int32)
     else:
         high -= 1
     turn = tl.full((), 0, tl.int32)
     while (reached > want) & (low < high):
-        if reached - want <= 2:
-            of_least = (tl.where(order >= low, order, 2147483647), tl.full(order.shape, 1, tl.int32))
-            least, same = tl.reduce(of_least, 0, _lesser)
+        if reached - want == 1:
+            least, same = _least(orders, start, last, low)
             enough = same > reached - want
             low, high = tl.where(enough, least, least + 1), tl.where(enough, least, high)
             reached, above = tl.where(enough, reached, reached - same), tl.where(enough, reached - same, above)
         else:
             between_them = (reached - above).to(tl.float32)
             share = (reached - want).to(tl.float32) / between_them
-            away = 1.2 * tl.sqrt(share * (1 - share) / between_them) + 0.5 / between_them
+            away = 0.8 * tl.sqrt(share * (1 - share) / between_them) + 0.2 / between_them
             begin, length = unordered(low), unordered(high) - unordered(low)
             first, second = ordered(begin + length * (share - away)), ordered(begin + length * (share + away))
             middle = between(low, high) + 1
             first, second = tl.where(turn % 3 == 2, middle, first), tl.where(turn % 3 == 2, middle, second)
             first = tl.minimum(tl.maximum(first, low + 1), high)
             second = tl.minimum(tl.maximum(second, first), high)
-            reach, reach_second = _reach(order, first, second)
+            reach, reach_second = _reach(orders, start, last, first, second)
             low, high, reached, above = narrowed(low, high, reached, above, first, reach, want)
             if reach >= want:
                 low, high, reached, above = narrowed(low, high, reached, above, second, reach_second, want)
             turn += 1
-    if reached > want:  # of those equal to the least there is room for the earliest
-        until, end = tl.full((), 0, tl.int32), tl.max(key)
+    until = last
+    if reached > want:  # of those equal to it there is room for the earliest
+        end, until = last, start
         while until < end:
             middle = between(until, end)
-            here = tl.sum(((order == low) & (key <= middle)).to(tl.int32))
-            enough = here >= want - above
+            enough = _equals(orders, start, last, low, middle) >= want - above
             until, end = tl.where(enough, until, middle + 1), tl.where(enough, middle, end)
-        order = tl.where((order == low) & (key > until), -2147483648, order)
-    return order >= low
+    return low, until
 
 
 @triton.jit
@@ -171,40 +230,38 @@ def _find(
     values, starts, lasts, wanted, local, sink, k_min, k_max, bits, num_rows, num_keys,
     P: tl.constexpr, FORCES: tl.constexpr,
 ):  # fmt: skip
-    """Which keys each query chooses: bit i of number n says whether it does key 32·n + i. Later numbers than the one of
-    its last key are not written."""
+    """Which keys each query chooses: bit i of number n says whether it does key 32·n + i. Numbers of chunks without a
+    key that it sees are not written."""
+    CHUNK: tl.constexpr = P // CHUNKS
     row = tl.program_id(1).to(tl.int64) * num_rows + tl.num_programs(0) - 1 - tl.program_id(0)  # long ones first
-    last = tl.load(lasts + row)
-    for level in tl.static_range(LEVELS):  # no more numbers are held than halve as many would do
-        fits = (last >= P >> level + 1) & (last < P >> level)
-        if level == LEVELS - 1:
-            fits = last < P >> level
-        if fits:
-            _find_among(
-                values, starts, lasts, wanted, local, sink, k_min, k_max, bits, row, num_keys, P >> level, FORCES
-            )  # fmt: skip
-
-
-@triton.jit
-def _find_among(
-    values, starts, lasts, wanted, local, sink, k_min, k_max, bits, row, num_keys, P: tl.constexpr, FORCES: tl.constexpr
-):  # fmt: skip
-    key = tl.arange(0, P)
     start, last = tl.load(starts + row), tl.load(lasts + row)
     want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
-    chosen = (key >= start) & (key <= last) & (want > 0)
-    if (want > 0) & (want <= last - start):  # else all are chosen, whatever their scores
-        order = orders(values, starts, lasts, local, sink, row, row, key, num_keys, FORCES)
-        chosen = best_of(order, want, local + sink, key)
+    least, until = tl.full((), -2147483648, tl.int32), last
+    choosy = (want > 0) & (want <= last - start)  # else all are chosen, whatever their scores, or none
+    found = ()
+    for i in tl.static_range(CHUNKS):
+        key = i * CHUNK + tl.arange(0, CHUNK)
+        end = tl.where(choosy, last, -1)
+        found = found + (orders_between(values + row * num_keys, start, end, local, sink, key, num_keys, FORCES),)
+    if choosy:
+        least, until = kth(found, start, last, want, local + sink)
     of_bit = tl.full((1, 32), 1, tl.int32) << tl.arange(0, 32)[None, :]
-    word = tl.sum(tl.where(tl.reshape(chosen, (P // 32, 32)), of_bit, 0), 1)
-    place = tl.arange(0, P // 32)
-    num_words = (num_keys + 31) // 32
-    tl.store(bits + row * num_words + place, word, mask=place < num_words)
+    for i in tl.static_range(CHUNKS):
+        if _alive(i, start, last, CHUNK):
+            key = i * CHUNK + tl.arange(0, CHUNK)
+            chosen = (key >= start) & (key <= last) & (want > 0)
+            if choosy:
+                chosen = found[i] >= least
+                if until < last:
+                    chosen = chosen & ((found[i] > least) | (key <= until))
+            word = tl.sum(tl.where(tl.reshape(chosen, (CHUNK // 32, 32)), of_bit, 0), 1)
+            place = i * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
+            num_words = (num_keys + 31) // 32
+            tl.store(bits + row * num_words + place, word, mask=place < num_words)
 
 
 @triton.jit
-def _turn(bits, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl.constexpr):
+def _turn(bits, starts, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl.constexpr):
     """Words of what `_find` found."""
     batch = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * 32
@@ -215,8 +272,10 @@ def _turn(bits, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl.constex
     if tl.program_id(0) * BLOCK <= tl.max(tl.load(lasts + rows)):
         for i in tl.static_range(32):
             row = batch * num_rows + first + i
+            start = tl.load(starts + row, mask=first + i < num_rows, other=0)
             last = tl.load(lasts + row, mask=first + i < num_rows, other=-1)
-            of_query = tl.load(bits + row * num_words + key // 32, mask=key <= last, other=0)
+            seen = (key >= start) & (key <= last)
+            of_query = tl.load(bits + row * num_words + key // 32, mask=seen, other=0)
             word = word | (((of_query >> (key % 32)) & 1) << i)
     target = words + batch * word_stride + tl.program_id(1).to(tl.int64) * num_keys + key
     tl.store(target, word, mask=key < num_keys)
@@ -229,7 +288,8 @@ def _sums(
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * num_rows + tl.program_id(0)
     key = tl.arange(0, P)
-    order = orders(values, starts, lasts, 0, 0, row, row, key, num_keys, False)
+    start, last = tl.load(starts + row), tl.load(lasts + row)
+    order = orders_between(values + row * num_keys, start, last, 0, 0, key, num_keys, False)
     seen = order != -2147483648
     count = tl.sum(seen.to(tl.int32))
     tl.store(numbers + row, count)
@@ -245,6 +305,5 @@ def _sums(
         total = tl.maximum(tl.sum(p), 1e-30)
         tl.store(sums + row, tl.where(count > 0, tl.log(total) - tl.sum(p * below) / total, 0.0))
     if SUM == REACHED:
-        start, last = tl.load(starts + row), tl.load(lasts + row)
         reached = (score >= threshold) | (key > last - local) | (key < start + sink)
         tl.store(sums + row, tl.sum((reached & seen).to(tl.float32)))

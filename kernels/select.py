@@ -56,8 +56,8 @@ def select(
         past: [B] int, how many keys come before the first query, S − T at most. What `k` holds after the last query is
             not looked at: in a cache with room to grow, with `past` on the GPU, no shape depends on the token.
         kind: and all that follow but the last, see `Rule`.
-        documents: no row of these queries is of more; 0: it is not known, and to share windows the host waits for the
-            GPU to count them, in which a CUDA graph cannot hold it.
+        documents: no row has more; 0: it is not known. To share windows, or for two levels, the host then waits for the
+            GPU to count, and a CUDA graph cannot hold it.
 
     Returns:
         words [B, ⌈T/32⌉, S] int32; the statistic [B, T] fp32 of `variance` and `entropy`, else 0; with share > 1 the
@@ -121,12 +121,13 @@ def _select(
         own_starts = starts.gather(1, positions)
     asked = Asked(own_starts, positions, nominal, wanted)
     if rule.share == 1 or not length:
-        words, statistic = one_or_two_levels(scores, starts, asked, reference, rule)
+        words, statistic = one_or_two_levels(scores, starts, asked, reference, rule, documents)
         return words, statistic, torch.empty(batch, 0, dtype=torch.bool, device=words.device)
 
     # Only the first query of a window selects: those queries alone are handled, then their selections are spread.
     windows = Windows.of(asked, rule.share, _most_windows(asked, rule.share, documents))
-    words, found = one_or_two_levels(scores.at(windows.leaders), starts, windows.asked, reference, rule)
+    led = scores.at(windows.leaders)
+    words, found = one_or_two_levels(led, starts, windows.asked, reference, rule, documents)
     words, leader = spread(words, leader, windows.number, windows.firsts, positions)
     return words, windows.of_queries(found, positions), leader
 

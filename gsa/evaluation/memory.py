@@ -19,6 +19,7 @@ from gsa.attention.fused import HEAD_SIZES, INDEX_HEADS, INDEX_SIZE, rule_of
 from gsa.attention.gates import PLACES
 from gsa.config import TrainConfig, build
 from gsa.model import GSAForCausalLM, ModelConfig
+from kernels import rows
 from kernels.enclose import Sampling, marked_at_once
 from kernels.unions import queries_at_once
 from kernels.words import WORD
@@ -239,5 +240,8 @@ def _lists(shapes: Shapes, layer: AttentionConfig) -> int:
     scored = min(marked_at_once(shapes.batch, shapes.length, plan.room), shapes.length)
     again = shapes.batch * plan.places(scored) * shapes.length * FLOAT
     sampled = shapes.batch * scored * max(plan.room * entry, shapes.length // plan.stride * FLOAT) + again
+    if shapes.length <= rows.ROOM:
+        scored = min(queries_at_once(shapes.batch, shapes.length, rows.PAIRS), shapes.length)
+        sampled = shapes.batch * scored * shapes.length * FLOAT
     gradients = shapes.tokens * 2 * layer.num_kv_heads * layer.head_dim * FLOAT
     return max(listed + gradients, sampled if layer.sparse else 0)

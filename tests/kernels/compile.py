@@ -102,10 +102,10 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
         (split._list, {"BLOCK": 4096, "BLOCKS": 32}, four),
         (split._join, {"HEADS": 32, "D": 128, "SPLITS": 16}, four),
     ]
-    for num_keys in (1024, 4096, 8192):
-        constants, options = parted(rows.of_program(num_keys))
-        registers = {"maxnreg": rows.REGISTERS[tuned]}
-        found += [(rows._find, constants | {"FORCES": forces}, options | registers) for forces in (False, True)]
+    for num_keys in (1024, 4096, 8192, 16384):
+        constants, options = parted(rows.of_search(num_keys, tuned))
+        found += [(rows._find, constants | {"FORCES": forces}, options) for forces in (False, True)]
+        constants, options = parted(rows.of_sums(num_keys))
         found += [(rows._sums, constants | {"SUM": kind}, options) for kind in range(4)]
     found.append((rows._turn, {"BLOCK": 256}, four))
     for shape in (ONE_HEAD, FOUR_HEADS):
