@@ -24,7 +24,7 @@ from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
 from kernels.support import INTERPRET, cdiv, next_power_of_2, runs_triton, tuned
-from kernels.unions import causal_ends, queries_at_once, unions
+from kernels.unions import causal_end, queries_at_once, unions
 from kernels.words import WORD, unpack
 
 # Queries × heads of a program, the fastest measured on an H100. In the forward 64 rows read each key from the L2 cache
@@ -126,7 +126,9 @@ def attend(
     step = queries_at_once(batch, k.shape[1])
     for first in range(0, length, step):
         part = words[:, first // WORD : (first + step) // WORD]
-        lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
+        lists = unions(
+            part, causal_end(k.shape[1], length, first), tiles.queries, min(most * tiles.queries, k.shape[1])
+        )
         scale, capacity = LOG2_E / math.sqrt(size), lists.keys.shape[2]
         inputs = (q, k, v, *lists, out, lse, scale, first, length, k.shape[1], capacity)
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
@@ -180,7 +182,9 @@ def attend_backward(
     step = queries_at_once(batch, k.shape[1])
     for first in range(0, length, step):
         part = words[:, first // WORD : (first + step) // WORD]
-        lists = unions(part, causal_ends(part, length, first), tiles.queries, min(most * tiles.queries, k.shape[1]))
+        lists = unions(
+            part, causal_end(k.shape[1], length, first), tiles.queries, min(most * tiles.queries, k.shape[1])
+        )
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         inputs = (q, k, v, *lists, grad, lse, delta, dq, dk.sum, dv.sum)
         sizes = (scale, first, length, k.shape[1], lists.keys.shape[2])

@@ -155,8 +155,7 @@ class Indexer:
 def overlap(words: Tensor, k: int, tile: int = WORD) -> float:
     """u(tile) of the last 2048 queries of `words` [B, N, S]."""
     last = words[:, -64:]
-    ends = torch.full(last.shape[:2], words.shape[2], dtype=torch.int32, device=words.device)
-    return unions(last, ends, tile, words.shape[2]).counts.float().mean().item() / k
+    return unions(last, words.shape[2], tile, words.shape[2]).counts.float().mean().item() / k
 
 
 def calibrated(length: int, heads: int, size: int, k: int, u: float) -> float:

@@ -114,11 +114,12 @@ def _select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length = nominal.shape
     num_keys = scores.k.shape[1]
-    positions = torch.arange(num_keys - length, num_keys, device=scores.q.device).expand(batch, -1)
+    before = num_keys - length if past is None else 0
+    positions = torch.arange(before, before + length, dtype=torch.int32, device=starts.device).expand(batch, -1)
     own_starts = starts[:, num_keys - length :]
     if past is not None:
-        positions = past[:, None] + torch.arange(length, device=past.device)
-        own_starts = starts.gather(1, positions)
+        positions = positions + past[:, None].int()
+        own_starts = starts.gather(1, positions.long())
     asked = Asked(own_starts, positions, nominal, wanted)
     if rule.share == 1 or not length:
         words, statistic = one_or_two_levels(scores, starts, asked, reference, rule, documents)

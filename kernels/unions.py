@@ -33,12 +33,13 @@ class Unions(NamedTuple):
     counts: Tensor  # [B, N] int32; a list that is longer than the capacity is cut
 
 
-def unions(words: Tensor, ends: Tensor, tile: int, capacity: int, pad: int = 128) -> Unions:
+def unions(words: Tensor, ends: Tensor | int, tile: int, capacity: int, pad: int = 128) -> Unions:
     """List the keys of each tile of queries.
 
     Args:
         words: [B, ⌈T/32⌉, S] int32 (`kernels.words`).
-        ends: [B, ⌈T/32⌉] int32: no query of a word selects this key or a later one.
+        ends: [B, ⌈T/32⌉] int32: no query of a word selects this key or a later one. Or the first word's, where each
+            later one's is 32 more (`causal_end`).
         tile: queries per list, a power of two up to 32.
         capacity: room for the keys of one list: S, or any other bound on their number.
         pad: lists are followed by as many entries of key 0 and word 0 as make their length a multiple of this.
@@ -50,7 +51,7 @@ def unions(words: Tensor, ends: Tensor, tile: int, capacity: int, pad: int = 128
 
 
 def _list_of(
-    keys: Tensor | None, words: Tensor, ends: Tensor, parts: int, tile: int, capacity: int, pad: int
+    keys: Tensor | None, words: Tensor, ends: Tensor | int, parts: int, tile: int, capacity: int, pad: int
 ) -> Unions:
     """Lists of each `tile` bits of rows [B, N, S] of words, up to `ends` [B, N], which belong to `keys`.
 
@@ -62,24 +63,25 @@ def _list_of(
     members = torch.empty_like(found)
     counts = torch.empty(batch, rows * parts, dtype=torch.int32, device=words.device)
     if counts.numel():
+        even = isinstance(ends, int)
         _list[(batch * rows * parts,)](
-            words if keys is None else keys, words, ends, found, members, counts, words.stride(0), length, capacity,
-            rows * parts, LISTED=keys is not None, PARTS=parts, TILE=tile, PAD=pad, BLOCK=BLOCK, num_warps=8,
+            words if keys is None else keys, words, words if even else ends, found, members, counts, words.stride(0),
+            length, capacity, rows * parts, ends if even else 0, EVEN=even, LISTED=keys is not None, PARTS=parts,
+            TILE=tile, PAD=pad, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return Unions(found, members, counts)
 
 
-def causal_ends(words: Tensor, num_queries: int, first: int) -> Tensor:
-    """`ends` of words from query `first` on, where the queries are the last `num_queries` keys and none looks ahead."""
-    batch, rows, num_keys = words.shape
-    rows_end = torch.arange(1, rows + 1, dtype=torch.int32, device=words.device) * WORD
-    return (rows_end + num_keys - num_queries + first).expand(batch, rows).contiguous()
+def causal_end(num_keys: int, num_queries: int, first: int) -> int:
+    """The end of the first of words from query `first` on, where the queries are the last keys and none looks ahead."""
+    return num_keys - num_queries + first + WORD
 
 
 @triton.jit
 def _list(
-    keys, words, ends, found, members, counts, stride, length, capacity, lists,
-    LISTED: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    keys, words, ends, found, members, counts, stride, length, capacity, lists, first_end,
+    EVEN: tl.constexpr, LISTED: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     batch, tile = program // lists, program % lists
@@ -87,7 +89,10 @@ def _list(
     of_tile = tl.full((), (1 << TILE) - 1, tl.int64).to(tl.int32) << (tile % PARTS * TILE)
     out = program.to(tl.int64) * capacity
     count = 0
-    stop = tl.load(ends + batch * (lists // PARTS) + tile // PARTS)
+    if EVEN:
+        stop = first_end + tile // PARTS * 32
+    else:
+        stop = tl.load(ends + batch * (lists // PARTS) + tile // PARTS)
     end = tl.minimum(stop, length)
     place = tl.arange(0, BLOCK)
     coming = tl.load(words + row + place, mask=place < end, other=0)

@@ -84,8 +84,16 @@ def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     four = {"num_warps": 4}
     eight = {"num_warps": 8, "num_stages": 3 if tuned else 2}
     found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
-        (unions._list, {"LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
-        (unions._list, {"LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024}, {"num_warps": 8}),
+        (
+            unions._list,
+            {"EVEN": True, "LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024},
+            {"num_warps": 8},
+        ),
+        (
+            unions._list,
+            {"EVEN": False, "LISTED": True, "PARTS": 2, "TILE": 16, "PAD": 128, "BLOCK": 1024},
+            {"num_warps": 8},
+        ),
         (windows._lead, {"BLOCK": 4096}, {"num_warps": 8}),
         (windows._spread, {"BLOCK": 1024}, four),
         (dense_divergence._busy, {}, four),

@@ -233,7 +233,8 @@ def test_an_offset_beyond_two_to_the_31_reads_the_right_keys() -> None:
 
 
 WAYS: dict[str, dict[str, float]] = {
-    "few": {}, "rows": {}, "marks": {"ROOM": 0}, "wrong bounds": {"ROOM": 0, "MANY": 0, "LIKELY": -0.1},
+    "few": {}, "rows": {}, "long rows": {}, "marks": {"ROOM": 0},
+    "wrong bounds": {"ROOM": 0, "MANY": 0, "LIKELY": -0.1},
 }  # fmt: skip
 
 
@@ -244,7 +245,8 @@ def go_the_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "way"), [(1, "few"), (13, "few"), (5000, "rows"), (5000, "marks"), (5000, "wrong bounds")]
+    ("length", "way"),
+    [(1, "few"), (13, "few"), (5000, "rows"), (70, "long rows"), (5000, "marks"), (5000, "wrong bounds")],
 )
 @pytest.mark.parametrize(("kind", "heads", "size"), [("gated_sigmoid", 1, 128), ("relu", 4, 64)])
 def test_selections_of_exactly_representable_scores_are_exact(
@@ -252,7 +254,7 @@ def test_selections_of_exactly_representable_scores_are_exact(
 ) -> None:
     """Small integers, many of them equal: every row as the definition has it, for all and for the last few queries."""
     go_the_way(way, monkeypatch)
-    keys, k = 5000, draw.random.choice([1, 100, 512])
+    keys, k = 12_000 if way == "long rows" else 5000, draw.random.choice([1, 100, 512])
     q, index_k = draw.integers(-2, 2, 2, length, heads, size), draw.integers(-2, 2, 2, keys, size)
     weight = torch.ones(2, length, heads)
     starts = torch.zeros(2, keys, dtype=torch.long)
@@ -283,6 +285,28 @@ def test_nan_and_infinite_scores_rank_first(
     mask = unpack(words, length)
     assert mask[:, 77:, [3, 50, 77]].all()
     assert torch.equal(mask.sum(-1)[0].cpu(), torch.arange(1, length + 1).clamp_max(k))
+
+
+@pytest.mark.parametrize("length", [3000, 20_000])
+@pytest.mark.parametrize("options", [{}, {"share": 32}, {"block": 32}, {"share": 32, "block": 32}])
+def test_a_cuda_graph_can_hold_selection_and_attention(length: int, options: dict[str, int]) -> None:
+    """Where the number of documents is known, nothing waits for the GPU; replayed with other queries, the same."""
+    indexer = Indexer(length, 1, 128, 512, 0.99, **options)
+    q, k, v = (torch.randn(1, length, heads, 128, device="cuda").bfloat16() for heads in (4, 1, 1))
+
+    def run() -> tuple[Tensor, Tensor]:
+        words = indexer.select()
+        return words, attend(q, k, v, words, 512 + options.get("share", 0))[0]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        words, out = run()
+    indexer.q.copy_(torch.randn_like(indexer.q))
+    graph.replay()
+    expected_words, expected = run()
+    assert torch.equal(words, expected_words)
+    assert torch.equal(out, expected)
 
 
 def test_rows_of_128k_tokens_equal_the_definition() -> None:
