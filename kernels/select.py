@@ -130,6 +130,8 @@ def _select(
     led = scores.at(windows.leaders)
     words, found = one_or_two_levels(led, starts, windows.asked, reference, rule, documents)
     words, leader = spread(words, leader, windows.number, windows.firsts, positions)
+    if rule.controller in ("given", "threshold"):
+        return words, torch.zeros(batch, length, dtype=found.dtype, device=found.device), leader
     return words, windows.of_queries(found, positions), leader
 
 
