@@ -140,7 +140,7 @@ class Indexer:
         self.bias = torch.zeros(heads, device="cuda")
         self.starts = torch.zeros(1, keys, dtype=torch.long, device="cuda")
         self.wanted = torch.full((1, length), k, device="cuda")
-        self.options = {"k_base": k, "k_max": k, "documents": 1, **options}
+        self.options = {"k_base": k, "k_min": k, "k_max": k, "documents": 1, **options}
 
     @property
     def scores(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

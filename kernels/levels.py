@@ -20,8 +20,9 @@ def one_or_two_levels(
 ) -> tuple[Tensor, Tensor]:
     """Words [B, ⌈R/32⌉, S] and statistic [B, R] of queries that each select for themselves; `documents` as of
     `kernels.select.select`."""
-    most = rule.most(scores.k.shape[1])
-    if not rule.block or not asked.lasts.shape[1]:
+    num_keys = scores.k.shape[1]
+    most = rule.most(num_keys)
+    if not rule.two_levels(num_keys) or not asked.lasts.shape[1]:
         return best(scores, asked, reference, rule, most, None)
     few = asked.lasts.shape[1] <= FEW
     candidates = _of_few(scores, asked, rule) if few else _of_many(scores, starts, asked, rule, documents)

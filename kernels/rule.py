@@ -40,6 +40,10 @@ class Rule:
         """A bound on the keys that a query attends to."""
         return min(num_keys, self.most(num_keys) + (self.share if self.share > 1 else 0))
 
+    def two_levels(self, num_keys: int) -> bool:
+        """Whether there may be keys that are no candidates: not where as many are wanted as there are keys."""
+        return self.block > 0 and num_keys > self.candidates * self.k_min
+
     def blocks(self, nominal: Any) -> Any:
         """How many of the best blocks are looked into, for a nominal number of keys."""
         return (nominal * self.candidates + self.block - 1) // self.block

@@ -49,7 +49,8 @@ def select(
         weight: [B, T, H_I] head weights, for all kinds but `sigmoid`.
         bias: [H_I], for all kinds but `relu`.
         starts: [B, S] the first key of each token's document.
-        nominal: [B, T] the number of keys by which the candidates of two levels are counted.
+        nominal: [B, T] the number of keys by which the candidates of two levels are counted, no less than `k_min`:
+            where as many candidates as `k_min` makes are all keys, there is one level.
         wanted: [B, T] the number of keys wanted, read where the controller is `given`.
         reference: the running mean that `variance` and `entropy` compare with.
         leader: [B, S'] bool, S' ≤ S: the selection of the window that is open when the queries begin.

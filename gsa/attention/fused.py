@@ -114,14 +114,14 @@ def _keeps_all(parts: Parts, num_keys: int) -> bool:
 def rule_of(parts: Parts) -> Rule:
     """The layer's settings as the kernels know them."""
     config, controller = parts.config, parts.config.controller
-    coarse = config.selection.coarse
+    coarse, fixed = config.selection.coarse, controller.kind == "fixed"
     known = controller.kind in ("fixed", "ratio", "learned")
     return Rule(
         kind=config.indexer.kind,
         controller="given" if known else controller.kind,
         k=controller.k,
-        k_min=controller.k_min,
-        k_max=controller.k if controller.kind == "fixed" else controller.k_max,
+        k_min=controller.k if fixed else controller.k_min,
+        k_max=controller.k if fixed else controller.k_max,
         temperature=controller.temperature,
         tau=config.indexer.temperature,
         threshold=controller.threshold,

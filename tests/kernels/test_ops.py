@@ -14,7 +14,7 @@ import kernels.rows
 from kernels.attend import attend
 from kernels.divergence import divergence, divergence_gradients
 from kernels.few import choose_few
-from kernels.rule import Asked, Scores, scores_definition
+from kernels.rule import Asked, Rule, Scores, scores_definition
 from kernels.select import select
 from kernels.support import problem
 from kernels.target import target_definition
@@ -303,6 +303,20 @@ def test_attention_without_keys_or_queries_is_nothing(draw: Draw) -> None:
     assert (out.shape, lse.shape) == (q.shape, (1, 0, 2))
     out, _ = attend(k.expand(1, 5, 1, 16), k, k, torch.zeros(1, 1, 5, dtype=torch.int32), 5)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("length", [5, 90])
+def test_one_level_selects_what_two_do_where_all_keys_are_candidates(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    options = {"block": 8, "k_base": 12, "k_min": 12, "k_max": draw.random.choice([12, 20]), "candidates": 8}
+    inputs, options = selection(draw, "given", "relu", 96, length, True, **options)
+    nominal = inputs[5].clamp_min(12)
+    inputs = (*inputs[:5], nominal, *inputs[6:])
+    found = select(*inputs, **options)[0]
+    assert not Rule(**{"k" if name == "k_base" else name: value for name, value in options.items()}).two_levels(96)
+    monkeypatch.setattr(Rule, "two_levels", lambda *_: True)
+    assert torch.equal(found, select(*inputs, **options)[0])
 
 
 @pytest.mark.parametrize("share", [1, 3, 32])
