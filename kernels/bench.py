@@ -39,9 +39,8 @@ MODES: dict[str, tuple[int, int, dict[str, int]]] = {  # indexer heads, their si
 }
 TAU = 10.0
 OPERATIONS = ("forward", "training", "warmup", "decode")
-SHORT = (
-    2**15
-)  # tokens, below which a forward is timed in a CUDA graph: without the host, which takes as long as the GPU
+# tokens, below which forwards are timed in a CUDA graph: the host takes as long as the GPU, or longer
+SHORT = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
