@@ -105,10 +105,11 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
 
 
 def _keeps_all(parts: Parts, num_keys: int) -> bool:
-    """Whether every query selects all that it sees, so that there is nothing to score."""
+    """Whether every query selects all that it sees, so that there is nothing to score: in two levels too, which have no
+    fewer candidates than k."""
     config = parts.config
-    one_level = config.selection.coarse is None and config.selection.share == 1 and not config.selection.reuse
-    return one_level and config.controller.kind == "fixed" and config.controller.k >= num_keys
+    own = config.selection.share == 1 and not config.selection.reuse
+    return own and config.controller.kind == "fixed" and config.controller.k >= num_keys
 
 
 def rule_of(parts: Parts) -> Rule:

@@ -15,6 +15,8 @@ import math
 from torch import Tensor
 
 from gsa.attention.config import AttentionConfig
+from gsa.attention.core import Parts
+from gsa.attention.fused import rule_of
 from gsa.evaluation.selections import Selected, observe
 from gsa.model import GSAForCausalLM
 from kernels.attend import Tiles
@@ -155,6 +157,7 @@ def layer_cost(
         time = attention.milliseconds(reference, reference.dense_share)
         none = Work()
         return LayerCost(False, _visible(length), 1, 1.0, none, none, attention, time, _output_bytes(config, length))
+    config = _as_run(config, length)
     tile = Tiles.of_forward(config.num_heads // config.num_kv_heads, roles=True).queries
     union = min(selected.union(tile), _visible(length) + tile / 2)
     scores, selection = _scores(config, length, selected), _selection(config, length, selected)
@@ -171,8 +174,15 @@ def layer_cost(
 def _keeps_all(config: AttentionConfig, length: int) -> bool:
     """Whether the kernels leave the layer to dense attention, as there is nothing to select (`fused`)."""
     selection, controller = config.selection, config.controller
-    plain = selection.coarse is None and selection.share == 1 and not selection.reuse
-    return plain and controller.kind == "fixed" and controller.k >= length
+    own = selection.share == 1 and not selection.reuse
+    return own and controller.kind == "fixed" and controller.k >= length
+
+
+def _as_run(config: AttentionConfig, length: int) -> AttentionConfig:
+    """The layer as the kernels run it: two levels whose candidates are all keys are one."""
+    if rule_of(Parts(config, None, None, False)).two_levels(length):
+        return config
+    return dataclasses.replace(config, selection=dataclasses.replace(config.selection, coarse=None))
 
 
 def _visible(length: int) -> float:

@@ -96,6 +96,12 @@ def test_long_contexts_cost_what_they_were_measured_at() -> None:
         assert layer_cost(row.config, row.length, None).milliseconds == pytest.approx(row.dense, rel=0.1), row
 
 
+def test_two_levels_cost_what_one_does_where_all_keys_are_candidates() -> None:
+    one, two = realistic(2048), realistic(2048, coarse=CoarseConfig(block=32, candidates=8))
+    costs = [modelled(two, length, 2.5) == modelled(one, length, 2.5) for length in (4096, 8 * 2048, 8 * 2048 + 1)]
+    assert costs == [True, True, False]
+
+
 def test_what_was_measured_to_be_faster_is_modelled_to_be_faster() -> None:
     def apart(one: float, other: float) -> bool:
         """Whether another run might not have them the other way round."""
