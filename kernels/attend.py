@@ -24,7 +24,7 @@ from kernels.few import FEW
 from kernels.gradient import Gradient, add
 from kernels.split import attend_few
 from kernels.support import INTERPRET, cdiv, next_power_of_2, runs_triton, tuned
-from kernels.unions import causal_end, queries_at_once, unions
+from kernels.unions import causal_unions, queries_at_once
 from kernels.words import WORD, unpack
 
 # Queries × heads of a program, the fastest measured on an H100. In the forward 64 rows read each key from the L2 cache
@@ -123,12 +123,7 @@ def attend(
         "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "TILE": tiles.queries, "PART": tiles.heads,
         "PARTS": tiles.parts, "WIDE": math.prod(k.shape[1:]) >= 2**31,
     }  # fmt: skip
-    step = queries_at_once(batch, k.shape[1])
-    for first in range(0, length, step):
-        part = words[:, first // WORD : (first + step) // WORD]
-        lists = unions(
-            part, causal_end(k.shape[1], length, first), tiles.queries, min(most * tiles.queries, k.shape[1])
-        )
+    for first, lists in causal_unions(words, length, tiles.queries, most, queries_at_once(batch, k.shape[1])):
         scale, capacity = LOG2_E / math.sqrt(size), lists.keys.shape[2]
         inputs = (q, k, v, *lists, out, lse, scale, first, length, k.shape[1], capacity)
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
@@ -179,12 +174,7 @@ def attend_backward(
         norms = [x.float().norm(dim=-1).amax() for x in (grad, q, v)]
     dv = Gradient(v, norms[0], length * heads, deterministic)
     dk = Gradient(k, 2 * scale * norms[0] * norms[1] * norms[2], length * heads, deterministic)
-    step = queries_at_once(batch, k.shape[1])
-    for first in range(0, length, step):
-        part = words[:, first // WORD : (first + step) // WORD]
-        lists = unions(
-            part, causal_end(k.shape[1], length, first), tiles.queries, min(most * tiles.queries, k.shape[1])
-        )
+    for first, lists in causal_unions(words, length, tiles.queries, most, queries_at_once(batch, k.shape[1])):
         grid = (lists.counts.shape[1], kv_heads * tiles.parts, batch)
         inputs = (q, k, v, *lists, grad, lse, delta, dq, dk.sum, dv.sum)
         sizes = (scale, first, length, k.shape[1], lists.keys.shape[2])

@@ -23,7 +23,7 @@ from kernels.rule import Scores, scores_definition
 from kernels.scores import KINDS, sigmoid
 from kernels.support import INTERPRET, next_power_of_2, runs_triton, tuned
 from kernels.target import RUNS, base_two, queries_of_targets, run_of, target_definition, targets, unit_of
-from kernels.unions import causal_end, unions
+from kernels.unions import causal_unions
 from kernels.words import WORD, unpack
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # for index_q, index_k, weight and bias; empty where there is none
@@ -231,9 +231,7 @@ class _Walk:
         dk = Gradient(self.scores.k, largest, length * heads, deterministic)
         of_sums, of_gradients = launches(tuned(q), self.shape["PADDED"], deterministic)
         step = queries_of_targets(q, k.shape[1])
-        for first in range(0, length, step):
-            part = self.words[:, first // WORD : (first + step) // WORD]
-            lists = unions(part, causal_end(k.shape[1], length, first), WORD, min(self.most * WORD, k.shape[1]))
+        for first, lists in causal_unions(self.words, length, WORD, self.most, step):
             target = targets(*self.attention, lists, first)
             sizes = (first, length, k.shape[1], lists.keys.shape[2])
             grid = (RUNS, lists.counts.shape[1], batch)

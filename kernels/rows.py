@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.few import Limits, number, orders_between
 from kernels.scan import ENTROPY, REACHED, VARIANCE
-from kernels.scores import FORCED, between, deviations, narrowed, ordered, unordered
+from kernels.scores import FORCED, between, deviations, mean_and_deviation, narrowed, ordered, unordered
 from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
 
 ROOM = 2**14  # scores of a query that a program holds
@@ -108,10 +108,8 @@ def _guesses(orders, start, last, above, want):
             count += free.to(tl.int32)
             total += score
             squares += score * score
-    number, total, squares = tl.reduce((count, total, squares), 0, _together)
-    number = tl.maximum(number, 1).to(tl.float32)
-    mean = total / number
-    deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
+    count, total, squares = tl.reduce((count, total, squares), 0, _together)
+    number, mean, deviation = mean_and_deviation(count, total, squares)
     z = deviations((want - above).to(tl.float32) / (4 * number))
     low, high = ordered(mean + deviation * (z - CLOSE)), ordered(mean + deviation * (z + CLOSE))  # NaN is above all
     return tl.minimum(tl.minimum(low, high), top), tl.minimum(high, top)

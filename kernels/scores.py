@@ -53,9 +53,16 @@ def moments(order, counted):
     count, total, squares, low, high = tl.reduce(
         (counted.to(tl.int32), score, score * score, least, largest), 0, _together
     )
+    _, mean, deviation = mean_and_deviation(count, total, squares)
+    return count, mean, deviation, low, high
+
+
+@triton.jit
+def mean_and_deviation(count, total, squares):
+    """How many scores there are, 1 at least, their mean and deviation, of their number, sum and sum of squares."""
     number = tl.maximum(count, 1).to(tl.float32)
     mean = total / number
-    return count, mean, tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0)), low, high
+    return number, mean, tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
 
 
 @triton.jit

@@ -4,6 +4,7 @@ A tile of B queries reads the union of its selections once, and each key comes w
 queries want it. The union is u(B)·k keys long, u(B) from 1 (all agree) to B (none do).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def unions(words: Tensor, ends: Tensor | int, tile: int, capacity: int, pad: int
     Args:
         words: [B, ⌈T/32⌉, S] int32 (`kernels.words`).
         ends: [B, ⌈T/32⌉] int32: no query of a word selects this key or a later one. Or the first word's, where each
-            later one's is 32 more (`causal_end`).
+            later one's is 32 more.
         tile: queries per list, a power of two up to 32.
         capacity: room for the keys of one list: S, or any other bound on their number.
         pad: lists are followed by as many entries of key 0 and word 0 as make their length a multiple of this.
@@ -72,9 +73,21 @@ def _list_of(
     return Unions(found, members, counts)
 
 
-def causal_end(num_keys: int, num_queries: int, first: int) -> int:
-    """The end of the first of words from query `first` on, where the queries are the last keys and none looks ahead."""
-    return num_keys - num_queries + first + WORD
+def causal_unions(words: Tensor, num_queries: int, tile: int, most: int, step: int) -> Iterator[tuple[int, Unions]]:
+    """The lists of `step` queries at a time, each with the first of them.
+
+    Args:
+        words: [B, ⌈T/32⌉, S]: the queries are the last of the keys, and none looks ahead.
+        num_queries: T.
+        tile: as of `unions`.
+        most: a bound on the keys that one query selects.
+        step: a multiple of 32.
+    """
+    num_keys = words.shape[2]
+    for first in range(0, num_queries, step):
+        part = words[:, first // WORD : (first + step) // WORD]
+        end = num_keys - num_queries + first + WORD
+        yield first, unions(part, end, tile, min(most * tile, num_keys))
 
 
 @triton.jit

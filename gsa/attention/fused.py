@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsa.attention.chunked import controller_loss, look
+from gsa.attention.config import AttentionConfig
 from gsa.attention.controller import Learned, Uncertainty
 from gsa.attention.core import Asked, Attended, Parts, Projected
 from gsa.attention.selection import Blocks, Queries
@@ -56,7 +57,7 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     trains = asked.indexer_loss and asked.stage != "dense" and scores is not None
     if not tokens.q.shape[1]:
         return Attended(torch.zeros_like(tokens.q), None, asked.leader, None, None, {})
-    selects = sparse and not _keeps_all(parts, num_keys)
+    selects = sparse and not keeps_all(config, num_keys)
     keeps = asked.keep_selection and sparse
     if not (selects or trains or keeps or tokens.packed or num_keys > tokens.q.shape[1] or asked.measure):
         q, k, v = (x.transpose(1, 2) for x in (tokens.q, tokens.k, tokens.v))
@@ -104,10 +105,9 @@ def attend_fused(parts: Parts, tokens: Projected, asked: Asked) -> Attended:
     )
 
 
-def _keeps_all(parts: Parts, num_keys: int) -> bool:
-    """Whether every query selects all that it sees, so that there is nothing to score: in two levels too, which have no
-    fewer candidates than k."""
-    config = parts.config
+def keeps_all(config: AttentionConfig, num_keys: int) -> bool:
+    """Whether every query of a layer selects all that it sees, so that there is nothing to score: in two levels too,
+    which have no fewer candidates than k."""
     own = config.selection.share == 1 and not config.selection.reuse
     return own and config.controller.kind == "fixed" and config.controller.k >= num_keys
 

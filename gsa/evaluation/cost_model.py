@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gsa.attention.config import AttentionConfig
 from gsa.attention.core import Parts
-from gsa.attention.fused import rule_of
+from gsa.attention.fused import keeps_all, rule_of
 from gsa.evaluation.selections import Selected, observe
 from gsa.model import GSAForCausalLM
 from kernels.attend import Tiles
@@ -152,7 +152,7 @@ def layer_cost(
     reference: Reference = H100,
 ) -> LayerCost:
     """Cost of one layer at `length` tokens; `selected` are its selections there, `None` for dense attention."""
-    if selected is None or _keeps_all(config, length):
+    if selected is None or keeps_all(config, length):
         attention = _dense(config, length)
         time = attention.milliseconds(reference, reference.dense_share)
         none = Work()
@@ -169,13 +169,6 @@ def layer_cost(
     workspace = _output_bytes(config, length) + _words_bytes(length) + chunks
     overlap = union / max(selected.keys, 1.0)
     return LayerCost(True, selected.keys, tile, overlap, scores, selection, attention, time, workspace)
-
-
-def _keeps_all(config: AttentionConfig, length: int) -> bool:
-    """Whether the kernels leave the layer to dense attention, as there is nothing to select (`fused`)."""
-    selection, controller = config.selection, config.controller
-    own = selection.share == 1 and not selection.reuse
-    return own and controller.kind == "fixed" and controller.k >= length
 
 
 def _as_run(config: AttentionConfig, length: int) -> AttentionConfig:

@@ -21,6 +21,7 @@ from gsa.config import TrainConfig, build
 from gsa.model import GSAForCausalLM, ModelConfig
 from kernels import rows
 from kernels.enclose import Sampling, marked_at_once
+from kernels.rule import Rule
 from kernels.unions import queries_at_once
 from kernels.words import WORD
 
@@ -236,12 +237,16 @@ def _lists(shapes: Shapes, layer: AttentionConfig) -> int:
     tiles = {WORD, max(1, min(WORD, 64 >> math.ceil(math.log2(group))))}
     entry = 2 * FLOAT  # a key and its word or value
     listed = sum(shapes.batch * queries // tile * min(most * tile, shapes.length) * entry for tile in tiles)
-    plan = Sampling.of(most, shapes.length, rule.controller == "given")
-    scored = min(marked_at_once(shapes.batch, shapes.length, plan.room), shapes.length)
-    again = shapes.batch * plan.places(scored) * shapes.length * FLOAT
-    sampled = shapes.batch * scored * max(plan.room * entry, shapes.length // plan.stride * FLOAT) + again
-    if shapes.length <= rows.ROOM:
-        scored = min(queries_at_once(shapes.batch, shapes.length, rows.PAIRS), shapes.length)
-        sampled = shapes.batch * scored * shapes.length * FLOAT
     gradients = shapes.tokens * 2 * layer.num_kv_heads * layer.head_dim * FLOAT
-    return max(listed + gradients, sampled if layer.sparse else 0)
+    return max(listed + gradients, _scored(shapes, rule, most) if layer.sparse else 0)
+
+
+def _scored(shapes: Shapes, rule: Rule, most: int) -> int:
+    """Scores of the kernels at one time: all of some queries, or samples and marks."""
+    if shapes.length <= rows.ROOM:
+        queries = min(queries_at_once(shapes.batch, shapes.length, rows.PAIRS), shapes.length)
+        return shapes.batch * queries * shapes.length * FLOAT
+    plan = Sampling.of(most, shapes.length, rule.controller == "given")
+    queries = min(marked_at_once(shapes.batch, shapes.length, plan.room), shapes.length)
+    again = shapes.batch * plan.places(queries) * shapes.length * FLOAT
+    return shapes.batch * queries * max(plan.room * 2 * FLOAT, shapes.length // plan.stride * FLOAT) + again
