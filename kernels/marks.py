@@ -21,7 +21,7 @@ from kernels.scores import FORCED, RELU, SIGMOID
 
 TILE = 128  # queries of a program
 WIDTH = 512  # of a query with all its heads, at most: what fits beside the keys in shared memory
-SHARED = 227 * 2**10 - 33 * 2**10 - 6 * 2**10  # bytes for queries and keys: all but the stash, weights and barriers
+SHARED = 227 * 2**10 - 33 * 2**10 - 10 * 2**10  # bytes for queries and keys: all but the stash, weights and barriers
 # As it was fastest on an H100: groups of warps that share a walk's blocks between them, and registers as in
 # `kernels.hopper`. Sums want more registers, and one group to see all keys.
 PLAIN = {"PARTS": 2, "COMPUTE": 112, "LOAD": 32, "num_warps": 4, "maxnreg": 96}
@@ -128,16 +128,16 @@ def _halves(x):
 
 
 @gluon.jit
-def _gate(gates, j, SIDE: gl.constexpr, HEADS: gl.constexpr, LAYOUT: gl.constexpr):
+def _gate(gates, j, GROUP: gl.constexpr, HEADS: gl.constexpr, LAYOUT: gl.constexpr):
     """The weights [64, 1] of head `j`, or their sum over heads where it is HEADS."""
-    gate = gates.index(SIDE * (HEADS + 1) + j).load(gl.SliceLayout(1, LAYOUT)) if HEADS > 1 else gates
+    gate = gates.index(GROUP * (HEADS + 1) + j).load(gl.SliceLayout(1, LAYOUT)) if HEADS > 1 else gates
     return gate[:, None]
 
 
 @gluon.jit
 def _scores(
     queries, keys, gates, offsets,
-    SIDE: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
+    GROUP: gl.constexpr, KIND: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, RAW: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of 64 queries and BLOCK keys; as `kernels.scores.score_block`, FAST.
@@ -149,20 +149,20 @@ def _scores(
     right = keys.permute((1, 0))
     scores = nothing
     if not RAW and KIND != RELU:
-        scores += _gate(gates, zero + HEADS, SIDE, HEADS, LAYOUT)
+        scores += _gate(gates, zero + HEADS, GROUP, HEADS, LAYOUT)
     for j in gl.static_range(HEADS):
         if HEADS == 1:
             product = warpgroup_mma(queries, right, nothing, use_acc=False)
         else:
-            product = warpgroup_mma(queries.index(zero + j).slice(SIDE * 64, 64), right, nothing, use_acc=False)
+            product = warpgroup_mma(queries.index(zero + j).slice(GROUP % 2 * 64, 64), right, nothing, use_acc=False)
         if RAW:
             scores = product
         elif KIND == RELU:
             product = product * (1 / gl.sqrt(gl.to_tensor(float(D))))
-            scores += gl.where(product < 0, 0.0, product) * _gate(gates, zero + j, SIDE, HEADS, LAYOUT)  # NaN stays
+            scores += gl.where(product < 0, 0.0, product) * _gate(gates, zero + j, GROUP, HEADS, LAYOUT)  # NaN stays
         else:
             sigmoid = _tanh(product * (0.5 / gl.sqrt(gl.to_tensor(float(D)))) + offsets[j])
-            scores += sigmoid * _gate(gates, zero + j, SIDE, HEADS, LAYOUT)
+            scores += sigmoid * _gate(gates, zero + j, GROUP, HEADS, LAYOUT)
     if RAW and KIND == RELU:
         scores = gl.where(scores < 0, 0.0, scores)
     return scores
@@ -233,9 +233,9 @@ def _compute(
         total += gate
         offsets = offsets + (offset,)
         if HEADS > 1:
-            held.index(SIDE * (HEADS + 1) + j).store(gate)
+            held.index(GROUP * (HEADS + 1) + j).store(gate)
     if HEADS > 1:
-        held.index(SIDE * (HEADS + 1) + HEADS).store(total)
+        held.index(GROUP * (HEADS + 1) + HEADS).store(total)
     else:
         gates = total
     padded = gl.num_programs(0) * 128
@@ -254,7 +254,7 @@ def _compute(
         left = queries.index(0).slice(SIDE * 64, 64).load(gl.DotOperandLayout(0, LAYOUT, 2))
     for i in range(first + PART * BLOCK, end, PARTS * BLOCK):
         mbarrier.wait(ready_k.index(stage), phase)
-        scores = _scores(left, keys.index(stage), gates, offsets, SIDE, KIND, HEADS, D, RAW, LAYOUT)
+        scores = _scores(left, keys.index(stage), gates, offsets, GROUP, KIND, HEADS, D, RAW, LAYOUT)
         mbarrier.arrive(empty_k.index(stage))
         stage += PARTS
         phase = gl.where(stage >= STAGES, phase ^ 1, phase)
@@ -305,7 +305,7 @@ def mark(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     queries = gl.allocate_shared_memory(q.dtype, [HEADS, 128, D], OPERAND)
     keys = gl.allocate_shared_memory(q.dtype, [STAGES, BLOCK, D], OPERAND)
-    held = gl.allocate_shared_memory(gl.float32, [2 * (HEADS + 1), 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    held = gl.allocate_shared_memory(gl.float32, [2 * PARTS * (HEADS + 1), 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready_q = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ready_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
