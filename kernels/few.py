@@ -163,8 +163,19 @@ def orders(values, starts, lasts, local, sink, slot, row, key, num_keys):
 @triton.jit
 def orders_between(values, start, last, local, sink, key, num_keys, FORCES: tl.constexpr):
     """The same of what is at `values`, from the first key that a query sees to the last; FORCES: any may be forced."""
+    return ranked(numbers_between(values, start, last, key, num_keys), key, start, last, local, sink, FORCES)
+
+
+@triton.jit
+def numbers_between(values, start, last, key, num_keys):
+    """What is at `values` from the first key that a query sees to the last, and anything at other keys."""
     near = (key >= start // 16 * 16) & (key < (last // 16 + 1) * 16) & (key < num_keys)  # 16 bytes are loaded at once
-    order = tl.load(values + key, mask=near, other=0)
+    return tl.load(values + key, mask=near, other=0)
+
+
+@triton.jit
+def ranked(order, key, start, last, local, sink, FORCES: tl.constexpr):
+    """`numbers_between` with keys that the query does not see lowest and, with FORCES, forced ones highest."""
     order = tl.where((key >= start) & (key <= last), order, -2147483648)
     if FORCES:
         forced = (key > last - local) | (key < start + sink)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.few import Limits, number, orders_between
+from kernels.few import Limits, number, numbers_between, orders_between, ranked
 from kernels.scan import ENTROPY, REACHED, VARIANCE
 from kernels.scores import FORCED, between, deviations, mean_and_deviation, narrowed, ordered, unordered
 from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
@@ -35,9 +35,9 @@ def choose_rows(
         values, starts, lasts, wanted, *limits, bits, rows, num_keys, FORCES=forces,
         **of_search(num_keys, tuned(values)),
     )  # fmt: skip
-    block = 16 if INTERPRET else 256
-    _turn[(cdiv(num_keys, block), cdiv(rows, 32), batch)](
-        bits, starts, lasts, words, word_stride, rows, num_keys, BLOCK=block, num_warps=4
+    block = 1 if INTERPRET else 32
+    _turn[(cdiv(num_keys, 32 * block), cdiv(rows, 32), batch)](
+        bits, starts, lasts, words, word_stride, rows, num_keys, BLOCK=block, num_warps=1
     )
 
 
@@ -117,13 +117,18 @@ def _guesses(orders, start, last, above, want):
 
 @triton.jit
 def _reach(orders, start, last, low, high):
-    """How many numbers reach each of two."""
+    """How many numbers reach each of two.
+
+    Floats count, as units that do not compare add them: of 5 integer operations a number, 2 are left. From 2²³ on their
+    bits are those of the integers in them.
+    """
     CHUNK: tl.constexpr = orders[0].shape[0]
-    both = tl.zeros((CHUNK,), tl.int32)
+    counts = tl.full((CHUNK,), 8388608.0, tl.float32)
     for i in tl.static_range(CHUNKS):
         if _alive(i, start, last, CHUNK):
-            both += (orders[i] >= low).to(tl.int32) + ((orders[i] >= high).to(tl.int32) << 16)
-    both = tl.sum(both)
+            counts = tl.where(orders[i] >= low, counts + 1, counts)
+            counts = tl.where(orders[i] >= high, counts + 65536, counts)
+    both = tl.sum(counts.to(tl.int32, bitcast=True) - 0x4B000000)
     return both & 65535, both >> 16
 
 
@@ -236,22 +241,29 @@ def _find(
     want = number(wanted, starts, lasts, local, sink, k_min, k_max, row)
     least, until = tl.full((), -2147483648, tl.int32), last
     choosy = (want > 0) & (want <= last - start)  # else all are chosen, whatever their scores, or none
-    found = ()
-    for i in tl.static_range(CHUNKS):
+    loaded, found = (), ()
+    end = tl.where(choosy, last, -1)
+    for i in tl.static_range(CHUNKS):  # all at once, before the first is looked at
         key = i * CHUNK + tl.arange(0, CHUNK)
-        end = tl.where(choosy, last, -1)
-        found = found + (orders_between(values + row * num_keys, start, end, local, sink, key, num_keys, FORCES),)
+        loaded = loaded + (numbers_between(values + row * num_keys, start, end, key, num_keys),)
+    for i in tl.static_range(CHUNKS):
+        order = loaded[i]
+        if FORCES or (i * CHUNK < start) | (last < (i + 1) * CHUNK - 1):
+            key = i * CHUNK + tl.arange(0, CHUNK)
+            order = ranked(order, key, start, last, local, sink, FORCES)
+        found = found + (order,)
     if choosy:
         least, until = kth(found, start, last, want, local + sink)
     of_bit = tl.full((1, 32), 1, tl.int32) << tl.arange(0, 32)[None, :]
     for i in tl.static_range(CHUNKS):
         if _alive(i, start, last, CHUNK):
             key = i * CHUNK + tl.arange(0, CHUNK)
-            chosen = (key >= start) & (key <= last) & (want > 0)
             if choosy:
                 chosen = found[i] >= least
                 if until < last:
                     chosen = chosen & ((found[i] > least) | (key <= until))
+            else:
+                chosen = (key >= start) & (key <= last) & (want > 0)
             word = tl.sum(tl.where(tl.reshape(chosen, (CHUNK // 32, 32)), of_bit, 0), 1)
             place = i * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
             num_words = (num_keys + 31) // 32
@@ -259,24 +271,52 @@ def _find(
 
 
 @triton.jit
+def _exchanged(numbers, D: tl.constexpr, MASK: tl.constexpr):
+    """32 numbers, of which bits that MASK says are exchanged with others D lower, of the number D later."""
+    found = ()
+    for i in tl.static_range(32):
+        other = ((numbers[i & ~D] >> D) ^ numbers[i | D]) & MASK
+        found = found + (numbers[i] ^ (other if i & D else other << D),)
+    return found
+
+
+@triton.jit
+def _joined(tensors, N: tl.constexpr):
+    """2N tensors as N that have one dimension more, of two: the first half and the second."""
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (tl.join(tensors[i], tensors[i + N]),)
+    return found
+
+
+@triton.jit
 def _turn(bits, starts, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl.constexpr):
-    """Words of what `_find` found."""
+    """Words of what `_find` found: squares of 32 bits by 32, turned in a thread's registers."""
     batch = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * 32
-    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(0) * (BLOCK * 32)
+    key = begin + tl.arange(0, BLOCK * 32)
+    target = words + batch * word_stride + tl.program_id(1).to(tl.int64) * num_keys + key
     rows = batch * num_rows + tl.minimum(first + tl.arange(0, 32), num_rows - 1)
-    word = tl.zeros((BLOCK,), tl.int32)
-    num_words = (num_keys + 31) // 32
-    if tl.program_id(0) * BLOCK <= tl.max(tl.load(lasts + rows)):
+    if begin <= tl.max(tl.load(lasts + rows)):
+        place = begin // 32 + tl.arange(0, BLOCK)
+        square = ()
         for i in tl.static_range(32):
             row = batch * num_rows + first + i
             start = tl.load(starts + row, mask=first + i < num_rows, other=0)
             last = tl.load(lasts + row, mask=first + i < num_rows, other=-1)
-            seen = (key >= start) & (key <= last)
-            of_query = tl.load(bits + row * num_words + key // 32, mask=seen, other=0)
-            word = word | (((of_query >> (key % 32)) & 1) << i)
-    target = words + batch * word_stride + tl.program_id(1).to(tl.int64) * num_keys + key
-    tl.store(target, word, mask=key < num_keys)
+            written = (place * 32 + 31 >= start) & (place * 32 <= last)
+            of_query = bits + row * ((num_keys + 31) // 32) + place
+            square = square + (tl.load(of_query, mask=written, other=0),)
+        square = _exchanged(square, 16, 0x0000FFFF)
+        square = _exchanged(square, 8, 0x00FF00FF)
+        square = _exchanged(square, 4, 0x0F0F0F0F)
+        square = _exchanged(square, 2, 0x33333333)
+        square = _exchanged(square, 1, 0x55555555)
+        square = _joined(_joined(_joined(_joined(_joined(square, 16), 8), 4), 2), 1)
+        tl.store(target, tl.reshape(square[0], (BLOCK * 32,)), mask=key < num_keys)
+    else:
+        tl.store(target, tl.zeros((BLOCK * 32,), tl.int32), mask=key < num_keys)
 
 
 @triton.jit
