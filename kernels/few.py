@@ -163,14 +163,15 @@ def orders(values, starts, lasts, local, sink, slot, row, key, num_keys):
 @triton.jit
 def orders_between(values, start, last, local, sink, key, num_keys, FORCES: tl.constexpr):
     """The same of what is at `values`, from the first key that a query sees to the last; FORCES: any may be forced."""
-    return ranked(numbers_between(values, start, last, key, num_keys), key, start, last, local, sink, FORCES)
+    numbers = numbers_between(values + key, key, start, last, num_keys)
+    return ranked(numbers, key, start, last, local, sink, FORCES)
 
 
 @triton.jit
-def numbers_between(values, start, last, key, num_keys):
-    """What is at `values` from the first key that a query sees to the last, and anything at other keys."""
+def numbers_between(address, key, start, last, num_keys):
+    """What is at `address` of keys from the first that a query sees to the last, and anything for other keys."""
     near = (key >= start // 16 * 16) & (key < (last // 16 + 1) * 16) & (key < num_keys)  # 16 bytes are loaded at once
-    return tl.load(values + key, mask=near, other=0)
+    return tl.load(address, mask=near)
 
 
 @triton.jit

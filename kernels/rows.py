@@ -15,7 +15,16 @@ from torch import Tensor
 
 from kernels.few import Limits, number, numbers_between, orders_between, ranked
 from kernels.scan import ENTROPY, REACHED, VARIANCE
-from kernels.scores import FORCED, between, deviations, mean_and_deviation, narrowed, ordered, unordered
+from kernels.scores import (
+    FORCED,
+    between,
+    deviations,
+    mean_and_deviation,
+    narrowed,
+    order_near,
+    ordered,
+    unordered,
+)
 from kernels.support import INTERPRET, cdiv, next_power_of_2, tuned
 
 ROOM = 2**14  # scores of a query that a program holds
@@ -37,7 +46,7 @@ def choose_rows(
     )  # fmt: skip
     block = 1 if INTERPRET else 32
     _turn[(cdiv(num_keys, 32 * block), cdiv(rows, 32), batch)](
-        bits, starts, lasts, words, word_stride, rows, num_keys, BLOCK=block, num_warps=1
+        bits, lasts, words, word_stride, rows, num_keys, BLOCK=block, num_warps=1
     )
 
 
@@ -84,8 +93,8 @@ def _alive(i, start, last, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _together(n, s, q, n_, s_, q_):
-    return n + n_, s + s_, q + q_
+def _both(s, q, s_, q_):
+    return s + s_, q + q_
 
 
 @triton.jit
@@ -97,22 +106,19 @@ def _guesses(orders, start, last, above, want):
     """
     CHUNK: tl.constexpr = orders[0].shape[0]
     top = ordered(tl.full((), FORCED, tl.float32))
-    count = tl.zeros((CHUNK // 4,), tl.int32)
     total, squares = tl.zeros((CHUNK // 4,), tl.float32), tl.zeros((CHUNK // 4,), tl.float32)
     for i in tl.static_range(CHUNKS):
         if _alive(i, start, last, CHUNK):
             half, _ = tl.split(tl.reshape(orders[i], (CHUNK // 2, 2)))
             some, _ = tl.split(tl.reshape(half, (CHUNK // 4, 2)))
-            free = (some != -2147483648) & (some < top)
-            score = tl.where(free, unordered(some), 0.0)
-            count += free.to(tl.int32)
+            score = tl.where((some != -2147483648) & (some < top), unordered(some), 0.0)
             total += score
             squares += score * score
-    count, total, squares = tl.reduce((count, total, squares), 0, _together)
-    number, mean, deviation = mean_and_deviation(count, total, squares)
+    total, squares = tl.reduce((total, squares), 0, _both)
+    number, mean, deviation = mean_and_deviation((last + 1 - start - above) // 4, total, squares)
     z = deviations((want - above).to(tl.float32) / (4 * number))
-    low, high = ordered(mean + deviation * (z - CLOSE)), ordered(mean + deviation * (z + CLOSE))  # NaN is above all
-    return tl.minimum(tl.minimum(low, high), top), tl.minimum(high, top)
+    low, high = order_near(mean + deviation * (z - CLOSE)), order_near(mean + deviation * (z + CLOSE))
+    return tl.minimum(tl.minimum(low, high), top), tl.minimum(tl.maximum(low, high), top)
 
 
 @triton.jit
@@ -204,11 +210,11 @@ def kth(orders, start, last, want, above):
             low, high = tl.where(enough, least, least + 1), tl.where(enough, least, high)
             reached, above = tl.where(enough, reached, reached - same), tl.where(enough, reached - same, above)
         else:
-            between_them = (reached - above).to(tl.float32)
-            share = (reached - want).to(tl.float32) / between_them
-            away = 0.8 * tl.sqrt(share * (1 - share) / between_them) + 0.2 / between_them
+            root = tl.rsqrt((reached - above).to(tl.float32))
+            share = (reached - want).to(tl.float32) * root * root
+            away = 0.8 * tl.sqrt(share * (1 - share)) * root + 0.2 * root * root
             begin, length = unordered(low), unordered(high) - unordered(low)
-            first, second = ordered(begin + length * (share - away)), ordered(begin + length * (share + away))
+            first, second = order_near(begin + length * (share - away)), order_near(begin + length * (share + away))
             middle = between(low, high) + 1
             first, second = tl.where(turn % 3 == 2, middle, first), tl.where(turn % 3 == 2, middle, second)
             first = tl.minimum(tl.maximum(first, low + 1), high)
@@ -233,8 +239,7 @@ def _find(
     values, starts, lasts, wanted, local, sink, k_min, k_max, bits, num_rows, num_keys,
     P: tl.constexpr, FORCES: tl.constexpr,
 ):  # fmt: skip
-    """Which keys each query chooses: bit i of number n says whether it does key 32·n + i. Numbers of chunks without a
-    key that it sees are not written."""
+    """Which keys each query chooses: bit i of number n says whether it does key 32·n + i."""
     CHUNK: tl.constexpr = P // CHUNKS
     row = tl.program_id(1).to(tl.int64) * num_rows + tl.num_programs(0) - 1 - tl.program_id(0)  # long ones first
     start, last = tl.load(starts + row), tl.load(lasts + row)
@@ -243,31 +248,47 @@ def _find(
     choosy = (want > 0) & (want <= last - start)  # else all are chosen, whatever their scores, or none
     loaded, found = (), ()
     end = tl.where(choosy, last, -1)
+    place = tl.arange(0, CHUNK)
+    address = values + row * num_keys + place
     for i in tl.static_range(CHUNKS):  # all at once, before the first is looked at
-        key = i * CHUNK + tl.arange(0, CHUNK)
-        loaded = loaded + (numbers_between(values + row * num_keys, start, end, key, num_keys),)
+        loaded = loaded + (numbers_between(address + i * CHUNK, place + i * CHUNK, start, end, num_keys),)
     for i in tl.static_range(CHUNKS):
         order = loaded[i]
         if FORCES or (i * CHUNK < start) | (last < (i + 1) * CHUNK - 1):
-            key = i * CHUNK + tl.arange(0, CHUNK)
-            order = ranked(order, key, start, last, local, sink, FORCES)
+            order = ranked(order, place + i * CHUNK, start, last, local, sink, FORCES)
         found = found + (order,)
     if choosy:
         least, until = kth(found, start, last, want, local + sink)
     of_bit = tl.full((1, 32), 1, tl.int32) << tl.arange(0, 32)[None, :]
+    numbers = ()
     for i in tl.static_range(CHUNKS):
+        of_chunk = tl.zeros((CHUNK // 32,), tl.int32)
         if _alive(i, start, last, CHUNK):
-            key = i * CHUNK + tl.arange(0, CHUNK)
+            key = place + i * CHUNK
             if choosy:
                 chosen = found[i] >= least
                 if until < last:
                     chosen = chosen & ((found[i] > least) | (key <= until))
             else:
                 chosen = (key >= start) & (key <= last) & (want > 0)
-            word = tl.sum(tl.where(tl.reshape(chosen, (CHUNK // 32, 32)), of_bit, 0), 1)
-            place = i * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
-            num_words = (num_keys + 31) // 32
-            tl.store(bits + row * num_words + place, word, mask=place < num_words)
+            of_chunk = tl.sum(tl.where(tl.reshape(chosen, (CHUNK // 32, 32)), of_bit, 0), 1)
+        numbers = numbers + (of_chunk,)
+    if CHUNKS == 8:
+        numbers = _joined(_joined(_joined(numbers, 4), 2), 1)
+        together = tl.permute(numbers[0], (1, 2, 3, 0))
+    else:
+        together = tl.permute(_joined(numbers, 1)[0], (1, 0))
+    place, num_words = tl.arange(0, P // 32), (num_keys + 31) // 32
+    tl.store(bits + row * num_words + place, tl.reshape(together, (P // 32,)), mask=place < num_words)
+
+
+@triton.jit
+def _joined(tensors, N: tl.constexpr):
+    """2N tensors as N that have one dimension more, of two: the first half and the second."""
+    found = ()
+    for i in tl.static_range(N):
+        found = found + (tl.join(tensors[i], tensors[i + N]),)
+    return found
 
 
 @triton.jit
@@ -281,16 +302,7 @@ def _exchanged(numbers, D: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def _joined(tensors, N: tl.constexpr):
-    """2N tensors as N that have one dimension more, of two: the first half and the second."""
-    found = ()
-    for i in tl.static_range(N):
-        found = found + (tl.join(tensors[i], tensors[i + N]),)
-    return found
-
-
-@triton.jit
-def _turn(bits, starts, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl.constexpr):
+def _turn(bits, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl.constexpr):
     """Words of what `_find` found: squares of 32 bits by 32, turned in a thread's registers."""
     batch = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * 32
@@ -299,15 +311,11 @@ def _turn(bits, starts, lasts, words, word_stride, num_rows, num_keys, BLOCK: tl
     target = words + batch * word_stride + tl.program_id(1).to(tl.int64) * num_keys + key
     rows = batch * num_rows + tl.minimum(first + tl.arange(0, 32), num_rows - 1)
     if begin <= tl.max(tl.load(lasts + rows)):
-        place = begin // 32 + tl.arange(0, BLOCK)
+        place, num_words = begin // 32 + tl.arange(0, BLOCK), (num_keys + 31) // 32
         square = ()
         for i in tl.static_range(32):
-            row = batch * num_rows + first + i
-            start = tl.load(starts + row, mask=first + i < num_rows, other=0)
-            last = tl.load(lasts + row, mask=first + i < num_rows, other=-1)
-            written = (place * 32 + 31 >= start) & (place * 32 <= last)
-            of_query = bits + row * ((num_keys + 31) // 32) + place
-            square = square + (tl.load(of_query, mask=written, other=0),)
+            of_query = bits + (batch * num_rows + first + i) * num_words + place
+            square = square + (tl.load(of_query, mask=(first + i < num_rows) & (place < num_words), other=0),)
         square = _exchanged(square, 16, 0x0000FFFF)
         square = _exchanged(square, 8, 0x00FF00FF)
         square = _exchanged(square, 4, 0x0F0F0F0F)

@@ -35,6 +35,13 @@ def ordered(score):
 
 
 @triton.jit
+def order_near(score):
+    """The same of a guess: −0 may be less than +0, and NaN anything."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def unordered(order):
     """The score of which this is the `ordered` number."""
     return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
