@@ -235,6 +235,14 @@ def kth(orders, start, last, want, above):
 
 
 @triton.jit
+def _ranked(order, place, first, start, last, local, sink, FORCES: tl.constexpr):
+    """`ranked` of the chunk of keys from `first` on; where a query sees all of it and none is forced, it is so."""
+    if FORCES or (first < start) | (last < first + place.shape[0] - 1):
+        order = ranked(order, place + first, start, last, local, sink, FORCES)
+    return order
+
+
+@triton.jit
 def _find(
     values, starts, lasts, wanted, local, sink, k_min, k_max, bits, num_rows, num_keys,
     P: tl.constexpr, FORCES: tl.constexpr,
@@ -253,10 +261,7 @@ def _find(
     for i in tl.static_range(CHUNKS):  # all at once, before the first is looked at
         loaded = loaded + (numbers_between(address + i * CHUNK, place + i * CHUNK, start, end, num_keys),)
     for i in tl.static_range(CHUNKS):
-        order = loaded[i]
-        if FORCES or (i * CHUNK < start) | (last < (i + 1) * CHUNK - 1):
-            order = ranked(order, place + i * CHUNK, start, last, local, sink, FORCES)
-        found = found + (order,)
+        found = found + (_ranked(loaded[i], place, i * CHUNK, start, last, local, sink, FORCES),)
     if choosy:
         least, until = kth(found, start, last, want, local + sink)
     of_bit = tl.full((1, 32), 1, tl.int32) << tl.arange(0, 32)[None, :]

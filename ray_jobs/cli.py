@@ -270,7 +270,9 @@ def bench(
     kv_heads: Annotated[int, typer.Option(help="key/value heads")] = 8,
     head_dim: Annotated[int, typer.Option(help="channels of a head")] = 128,
     k: Annotated[int, typer.Option(help="keys that a query selects")] = 2048,
-    overlap: Annotated[list[float] | None, typer.Option(help="u(32), keys of 32 neighbours' union over k; 32: random")] = None,
+    overlap: Annotated[
+        list[float] | None, typer.Option(help="u(32), keys of 32 neighbours' union over k; 32: random")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="sequences decoded at once")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="forward, training, warmup, decode; default: all")] = None,
     run: Annotated[str | None, typer.Option(help="measure each layer of this checkpoint on its held-out text")] = None,
