@@ -16,7 +16,7 @@ sweep: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# the same kernels on a GPU
+# the same kernels on a GPU; for checks of memory and races by NVIDIA's tools see tests/kernels/sanitize.py
 test-gpu: .venv/installed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu -n 4 --dist worksteal tests/kernels tests/gsa
 

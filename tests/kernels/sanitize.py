@@ -7,9 +7,9 @@
         python -m tests.kernels.sanitize
 
 Each tensor is allocated alone, else what lies beyond one is memory of the cache that PyTorch keeps. racecheck knows
-neither mbarriers nor what Gluon's groups of warps wait for as they begin, and takes all that is handed over in shared
+neither mbarriers nor the barrier at which Gluon's groups of warps begin, and takes what is handed over there in shared
 memory for a hazard: the kernels of `kernels.hopper`, `kernels.hopper_backward`, `kernels.target_tiles` (`..._tiles`),
-`kernels.marks` and `kernels.dense_divergence` are left out of it.
+`kernels.marks` and `kernels.dense_divergence` are left out of it. Of `mark` alone it tells of nothing else.
 """
 
 import sys
