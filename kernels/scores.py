@@ -27,24 +27,29 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _flipped(bits):
+    """Bits of a float as an integer that orders as it does, or the other way round."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def ordered(score):
     """int32 numbers that order as the scores do: NaN above all, −0 equal to +0."""
     bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)
-    return tl.where(score != score, 2147483647, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(score != score, 2147483647, _flipped(bits))
 
 
 @triton.jit
 def order_near(score):
     """The same of a guess: −0 may be less than +0, and NaN anything."""
-    bits = score.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return _flipped(score.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def unordered(order):
     """The score of which this is the `ordered` number."""
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return _flipped(order).to(tl.float32, bitcast=True)
 
 
 @triton.jit

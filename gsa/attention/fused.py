@@ -159,9 +159,10 @@ def _select(
     reference = controller.reference if isinstance(controller, Uncertainty) else None
     wanted = nominal if wanted is None else wanted
     options, documents = dataclasses.astuple(rule), 0 if tokens.packed else 1
-    return select(  # type: ignore[no-any-return]
+    selected: tuple[Tensor, Tensor, Tensor] = select(
         *scores, tokens.starts, nominal, wanted, reference, leader, tokens.past, *options, documents
     )
+    return selected
 
 
 def _uncertainty(parts: Parts, tokens: Projected, statistic: Tensor | None) -> Tensor | None:
