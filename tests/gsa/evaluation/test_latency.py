@@ -13,8 +13,8 @@ from gsa.evaluation.cost_model import modelled_cost
 from gsa.evaluation.latency import interquartile_range, long_text, measure_latency
 from gsa.model import GSAForCausalLM
 from gsa.training.loop import make_model
-from kernels.support import INTERPRET
 from tests.draw import Draw
+from tests.gpu import needs_gpu
 from tests.text import tiny
 
 NAMES = {
@@ -74,7 +74,7 @@ def test_the_interquartile_range_holds_the_middle_half(draw: Draw) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRET or not torch.cuda.is_available(), reason="needs a GPU and TRITON_INTERPRET=0")
+@needs_gpu
 def test_on_a_gpu_it_is_measured_beside_dense_attention(draw: Draw, tmp_path: Path) -> None:
     data, model = made(draw, tmp_path, head_dim=16)
     metrics = measure_latency(model.cuda(), data, 2048)
