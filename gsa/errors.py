@@ -30,6 +30,10 @@ class RunError(RuntimeError):
     """A run that had started could not go on. The command line exits with 1."""
 
 
+class InfrastructureError(RunError):
+    """What a run depends on failed: its disk, a node, the cluster. The run is not at fault and can go on later."""
+
+
 def one_line(said: object) -> str:
     """What an error, or its message, says on one line; an error's type where it says nothing."""
     return " ".join(str(said).split()) or type(said).__name__

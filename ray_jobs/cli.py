@@ -9,7 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -17,7 +17,9 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from gsa.errors import RequestError, RunError
+from gsa.errors import InfrastructureError, RequestError, RunError
+from ray_jobs.signals import Saved, interrupt, stops_go_to
+from ray_jobs.streams import Stream
 
 app = typer.Typer(
     help="Find the best Gated Sparse Attention model for your data and your hardware.",
@@ -26,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(file=cast(TextIO, Stream("stdout")))
+errors = Console(file=cast(TextIO, Stream("stderr")))
 LINE = 1000  # characters of an error
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the configuration", metavar="CONFIG", show_default=False)]
@@ -50,9 +52,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
     settings = load_train(config, overrides)
     command = " ".join(["gsa train", str(config), *(overrides or [])])
     try:
-        done = run_train(settings, console)
-    except KeyboardInterrupt:
-        _interrupted(command)
+        done = run_train(settings, console, ["gsa", "train", str(config), *(overrides or [])])
+    except KeyboardInterrupt as stop:
+        _interrupted(command, stop)
     except RunError as error:
         _failed(
             error, f"what was trained is in {settings.storage}/train/{settings.name}; to go on from there: {command}"
@@ -82,8 +84,10 @@ def sweep(
         name, folder = settings.name, settings.train.storage
     try:
         report = resume_sweep(name, folder, console, given) if resume is not None else run_sweep(settings, console)
-    except KeyboardInterrupt:
-        _interrupted(f"gsa sweep --resume {name}{_storage_option(folder)}")
+    except KeyboardInterrupt as stop:
+        _interrupted(f"gsa sweep --resume {name}{_storage_option(folder)}", stop)
+    except InfrastructureError as error:
+        _failed(error, f"no trial is lost. To go on: gsa sweep --resume {name}{_storage_option(folder)}")
     except RunError as error:
         _failed(error, f"to see what happened: gsa report {name}{_storage_option(folder)}")
     show(report, console)
@@ -341,14 +345,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     logging.getLogger("gsa").setLevel(logging.INFO)
     logging.getLogger("ray_jobs").setLevel(logging.INFO)
     try:
-        app(arguments, standalone_mode=True)
+        with stops_go_to(interrupt):
+            app(arguments, standalone_mode=True)
     except RequestError as error:
         _print_error(str(error))
         sys.exit(2)
     except RunError as error:
         _print_error(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # who read a `--json` has gone
         sys.exit(130)
     sys.exit(0)
 
@@ -375,10 +380,9 @@ def _failed(error: RunError, advice: str) -> NoReturn:
     sys.exit(1)
 
 
-def _interrupted(command: str) -> NoReturn:
-    errors.print(
-        f"interrupted; everything is saved. To go on: {command}", markup=False, highlight=False, soft_wrap=True
-    )
+def _interrupted(command: str, stop: KeyboardInterrupt) -> NoReturn:
+    saved = "everything is saved" if isinstance(stop, Saved) else "steps since the last checkpoints are trained again"
+    errors.print(f"interrupted; {saved}. To go on: {command}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(130)
 
 

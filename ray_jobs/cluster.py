@@ -18,6 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gsa.errors import ConfigError, RequestError, one_line
 from gsa.training.workers import WorkersConfig
 from ray_jobs.capacity import Fleet, NodeType, configured_fleet
+from ray_jobs.signals import stops_held
+from ray_jobs.watchdog import connected_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +31,11 @@ PROBE = 30  # seconds that a node has to say what its GPUs are
 def running() -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names (a submitted job has it set), or start one on this machine.
 
-    What this starts, it stops.
+    What this starts, it stops; signals that end a command do not reach it, so that trials can save.
 
     Raises:
         RequestError: no cluster answers at that address.
+        InfrastructureError: the cluster has died while the block ran.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 2 s: a nested trainer starts much later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -58,16 +61,15 @@ def running() -> Iterator[None]:
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # nothing large goes through the object store: text is memory-mapped, checkpoints are files
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=200_000_000,
-        )
-    try:
+        with stops_held():
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=200_000_000,
+            )
+    with connected_cluster():
         yield
-    finally:
-        ray.shutdown()
 
 
 def _refuse_unreachable(address: str) -> None:

@@ -16,6 +16,7 @@ class Job:
     config: dict[str, Any]  # a TrainConfig
     folder: str  # of the run's checkpoints and spool, on storage that every worker sees
     seen: str  # a file that the driver has written and that every worker has to see
+    stop: str  # the file by which the driver asks for a stop (`ray_jobs.stop`)
     until: int | None = None  # step at which it pauses
 
     def settings(self) -> TrainConfig:
@@ -26,4 +27,5 @@ def job_of(context: TrialContext, proposal: Proposal) -> Job:
     """What it takes to train a trial of a sweep."""
     trial_id = proposal["trial_id"]
     config = compose(context.base, proposal["settings"] | {"name": trial_id})
-    return Job(dataclasses.asdict(config), str(context.trial_folder(trial_id)), context.seen, proposal["until"])
+    folder = str(context.trial_folder(trial_id))
+    return Job(dataclasses.asdict(config), folder, context.seen, context.stop, proposal["until"])

@@ -34,6 +34,11 @@ class TrialContext:
         """A file that is there before the first trial."""
         return str(Path(self.folder) / "sweep.yaml")
 
+    @property
+    def stop(self) -> str:
+        """The file by which the driver asks trials to save and stop."""
+        return str(Path(self.folder) / ".stop")
+
     def trial_folder(self, trial_id: str) -> Path:
         return Path(self.folder) / "trials" / trial_id
 

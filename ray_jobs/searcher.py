@@ -5,6 +5,7 @@ proposals (`ray_jobs.studies`), and when the search is over the best are trained
 decided from the sweep's record, which is the only memory.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from gsa.config import TrainConfig
-from gsa.errors import RequestError, RunError
+from gsa.errors import InfrastructureError, RequestError, RunError
 from ray_jobs.halving import Halving
 from ray_jobs.record import COMPLETE, FAIL, PRUNED, RUNNING, Entry, Record
 from ray_jobs.studies import Studies
 
+GRACE = 60.0  # seconds that trials have to save and stop when the sweep ends early
 REJECTIONS = 200  # invalid proposals in a row after which the space is held to be empty
 
 Gate = Callable[[TrainConfig], None]  # raises RequestError
@@ -35,6 +37,9 @@ class GsaSearcher(Searcher):
         gate: what a proposal must pass before it runs.
         confirmations: the trials that are to repeat the best once the search is over.
         spent: why nothing more may be started, or nothing.
+        stop_trials: asks the trials that run to save and stop; called once, when the sweep ends early.
+        grace: seconds that they have to do so.
+        check_storage: raises InfrastructureError where the storage is at fault for a process that died.
     """
 
     def __init__(
@@ -47,15 +52,21 @@ class GsaSearcher(Searcher):
         gate: Gate = lambda config: None,
         confirmations: Callable[[], list[Entry]] = list,
         spent: Callable[[], str] = lambda: "",
+        stop_trials: Callable[[], None] = lambda: None,
+        grace: float = GRACE,
+        check_storage: Callable[[], None] = lambda: None,
     ) -> None:
         first = halving.aims.objectives[0]
         super().__init__(metric=first.metric, mode=first.mode)
         self.studies, self.halving, self.record, self.aims = studies, halving, record, halving.aims
         self.num_samples, self.max_failures = num_samples, max_failures
         self.gate, self.confirmations, self.spent = gate, confirmations, spent
+        self.stop_trials, self.grace, self.check_storage = stop_trials, grace, check_storage
         self.interrupted = False  # by a signal
-        self.refused = ""  # why the sweep cannot go on
-        self.stopped = False  # trials that end from now on were cut off, and stay unfinished in the record
+        self.broken = ""  # what failed that no trial is to blame for
+        self.overdue = False  # some trial did not save in time
+        self._halted_at: float | None = None  # trials that end from then on stay unfinished in the record
+        self._lost_nodes: set[str] = set()  # Tune's ids of trials that died with their node
         self._waiting = [entry for entry in record.trials() if entry.state == RUNNING]
         self._ids: dict[str, str] = {}  # Tune's id of a trial to ours
         self._running: set[str] = set()  # ours
@@ -70,11 +81,26 @@ class GsaSearcher(Searcher):
         """Whether nothing is left to run."""
         return not self._running and self._next(peek=True) is None
 
-    @property
-    def halted(self) -> bool:
-        """Whether trials that run are to be cut off: they stay unfinished in the record."""
-        self.stopped = self.stopped or self.interrupted or bool(self.refused or self.spent())
-        return self.stopped
+    def halts(self) -> bool:
+        """Whether the sweep ends early: nothing more starts, and trials that run are asked to save and stop."""
+        if self._halted_at is None and (self.interrupted or self.broken or self.spent()):
+            self._halted_at = time.monotonic()
+            try:
+                self.stop_trials()
+            except OSError as error:  # they cannot save there either
+                self.broken = self.broken or f"running trials could not be asked to stop ({error})"
+        return self._halted_at is not None
+
+    def cuts_off(self) -> bool:
+        """Whether the experiment ends now: it ends early, and its trials have stopped or have had their time to."""
+        if not self.halts() or self._halted_at is None:
+            return False
+        self.overdue = self.overdue or (bool(self._running) and time.monotonic() - self._halted_at > self.grace)
+        return self.overdue or not self._running
+
+    def lost_node(self, trial_id: str) -> None:
+        """The node of a trial has died: when Tune says that the trial has failed, it is not the trial's fault."""
+        self._lost_nodes.add(trial_id)
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial to run; invalid proposals are told to Optuna as failed, at no cost.
@@ -82,7 +108,7 @@ class GsaSearcher(Searcher):
         Raises:
             RunError: nothing valid was found in many draws.
         """
-        entry = self._next()
+        entry = None if self.halts() else self._next()
         if entry is None:
             return None if self._running else Searcher.FINISHED  # one that runs may have to run again, or make room
         self._ids[trial_id] = entry.trial_id
@@ -99,17 +125,12 @@ class GsaSearcher(Searcher):
         self._running.discard(own)
         entry = self.record.entries[own]
         result = result or {}
-        self.refused = self.refused or str(result.get("not_shared", ""))
+        self.broken = self.broken or str(result.get("infrastructure", ""))
         came_to_its_end = bool(result.get("complete") or result.get("paused"))
-        cut_off = (self.interrupted or self.stopped or self.refused) and not came_to_its_end
-        if cut_off or entry.state != RUNNING:
+        if (self.halts() and not came_to_its_end) or entry.state != RUNNING:
             return
         if error:
-            self._failures[own] += 1
-            if self._failures[own] <= self.max_failures:
-                self._waiting.append(entry)
-            else:
-                self.record.end(own, FAIL, reason=f"its process died {self._failures[own]} times")
+            self._died(own, trial_id in self._lost_nodes)
             return
         if result.get("failed"):
             self.record.end(own, FAIL, reason=str(result["failed"]))
@@ -129,6 +150,19 @@ class GsaSearcher(Searcher):
         else:
             self.record.end(own, PRUNED)
 
+    def _died(self, own: str, with_its_node: bool) -> None:
+        """The process of a trial has died."""
+        try:
+            self.check_storage()
+        except InfrastructureError as fault:
+            self.broken = str(fault)
+            return
+        self._failures[own] += not with_its_node
+        if self._failures[own] <= self.max_failures:
+            self._waiting.append(self.record.entries[own])
+        else:
+            self.record.end(own, FAIL, reason=f"its process died {self._failures[own]} times")
+
     def save(self, checkpoint_path: str) -> None:
         """The record is on disk already."""
 
@@ -146,7 +180,7 @@ class GsaSearcher(Searcher):
         """
         if self._waiting:
             return self._waiting[0] if peek else self._waiting.pop(0)
-        if self.halted:
+        if self.halts():
             return None
         entries = self.record.entries
         paused = self.halving.promotable(entries)

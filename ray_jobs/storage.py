@@ -15,13 +15,14 @@ from filelock import FileLock, Timeout
 
 from gsa.background import every
 from gsa.config import TrainConfig
-from gsa.errors import ConfigError, RequestError, RunError
+from gsa.errors import ConfigError, InfrastructureError, RequestError
 
 
-class NotSharedError(RunError):
+class NotSharedError(InfrastructureError):
     """A node does not see the storage folder: no trial can run there."""
 
 
+PROBE = 1 << 16  # bytes that a folder must take to count as writable
 STALE = 60.0  # seconds after which an owner on another machine that gave no sign of life is held to be dead
 
 
@@ -39,6 +40,17 @@ def settle(config: TrainConfig, key: str = "storage") -> None:
             pass
     except OSError as error:
         raise ConfigError(key, config.storage, f"cannot be written to ({error.strerror})") from error
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raises InfrastructureError where a folder takes no more files: its disk is full, read-only or away."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * PROBE)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise InfrastructureError(f"{folder} cannot be written to ({error.strerror})") from error
 
 
 def refuse_unshared(seen: Path) -> None:

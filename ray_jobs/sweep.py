@@ -12,22 +12,27 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import optuna
+import requests
+from mlflow.exceptions import MlflowException
+from optuna.samplers import RandomSampler
 from rich.console import Console
 
 from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, to_yaml
-from gsa.data.packing import Prepared, prepare
-from gsa.errors import ConfigError, RequestError, RunError
+from gsa.data.packing import Prepared
+from gsa.errors import ConfigError, InfrastructureError, RequestError, RunError, one_line
 from gsa.evaluation.floors import bigram_bits_per_byte
 from gsa.evaluation.gate import check_trainable
 from gsa.settings import setting
 from gsa.tracking import OBJECTIVES, Tracking, connect, git_tags
 from gsa.training.loop import total_steps
+from ray_jobs import stop
 from ray_jobs.budget import Budget, BudgetConfig
 from ray_jobs.capacity import worker_resources
 from ray_jobs.cluster import concurrent_runs, fleet, running, worker_memory
@@ -42,20 +47,27 @@ from ray_jobs.record import COMPLETE, Entry, Record
 from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
 from ray_jobs.reporting.page import to_html
 from ray_jobs.runs import TrialContext, run_key
-from ray_jobs.searcher import GsaSearcher
-from ray_jobs.signals import stops_go_to
+from ray_jobs.searcher import REJECTIONS, GsaSearcher
+from ray_jobs.signals import Saved, interrupt, stops_go_to
 from ray_jobs.space import Space
-from ray_jobs.storage import locked, settle
+from ray_jobs.storage import locked, refuse_unwritable, settle
 from ray_jobs.studies import SearcherConfig, Studies
+from ray_jobs.text import prepare_same
 from ray_jobs.trial import make_trainable
 from ray_jobs.tuning import run_trials
 from ray_jobs.warm_start import matching
 
 logger = logging.getLogger(__name__)
 
-# what may be set anew when a sweep goes on
-EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm", "budget")
+# what may be set anew when a sweep goes on, with all that is below it
+EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm", "budget", "train.data.prepared")
+# what else may differ between two lives of a sweep; MLflow's params never change, so neither is one
+MOVABLE = ("train.storage", "train.tracking")
 PATIENCE = 300.0  # seconds that the end of a sweep waits for an MLflow that does not answer
+BRIEF = 8.0  # the same where the sweep is broken off
+
+CONFIG, RECORD = "sweep.yaml", "record.jsonl"  # files of a sweep's folder
+UNFINISHED = ".sweep.yaml"  # its configuration before MLflow has taken it
 
 # the same width, depth and steps, without selection and gates
 DENSE = {"model.attention.sparse": False, "model.attention.gates.places": [], "model.layers": []}
@@ -123,7 +135,7 @@ def run_sweep(config: SweepConfig, console: Console) -> Report:
         KeyboardInterrupt: it was interrupted; all is saved.
     """
     folder = sweep_folder(config.train.storage, config.name)
-    if (folder / "sweep.yaml").exists():
+    if (folder / CONFIG).exists():
         raise RequestError(f"sweep {config.name!r} exists in {folder}: continue it with --resume, or set another name")
     return Sweep(config, folder, console).run()
 
@@ -136,13 +148,13 @@ def resume_sweep(name: str, storage: str, console: Console, overrides: list[str]
     """
     check_name("name", name)
     folder = sweep_folder(storage, name)
-    if not (folder / "sweep.yaml").exists():
-        known = sorted(p.parent.name for p in folder.parent.glob("*/sweep.yaml"))
+    if not (folder / CONFIG).exists():
+        known = sorted(p.parent.name for p in folder.parent.glob(f"*/{CONFIG}"))
         raise RequestError(f"sweep {name!r}: is not in {folder.parent}; known: {', '.join(known) or 'none'}")
     for key, value in map(parse_override, overrides or []):
-        if key.split(".")[0] not in EXTENSIBLE:
+        if not _is_below(key, EXTENSIBLE):
             raise ConfigError(key, value, f"cannot change in a sweep that has begun; {', '.join(EXTENSIBLE)} can")
-    return Sweep(build(SweepConfig, read_yaml(folder / "sweep.yaml"), overrides), folder, console).run()
+    return Sweep(build(SweepConfig, read_yaml(folder / CONFIG), overrides), folder, console).run()
 
 
 def sweep_folder(storage: str, name: str) -> Path:
@@ -161,8 +173,18 @@ class Sweep:
             self.space.compose(DENSE)
 
     def run(self) -> Report:
+        """Run what is left of the sweep.
+
+        Raises:
+            As `run_sweep`.
+        """
+        with stops_go_to(interrupt):
+            return self._run()
+
+    def _run(self) -> Report:
         config = self.config
-        data = prepare(config.train.data, Path(config.train.storage) / "data")
+        resume = ["gsa", "sweep", "--resume", config.name]
+        data = prepare_same(config.train, sorted((self.folder / "trials").glob("[!.]*")), resume, "train.")
         steps = total_steps(self.space.compose({}), data)
         config.scheduler.refuse_short(steps)
         tracking = connect(config.train.tracking, config.train.storage)
@@ -172,31 +194,57 @@ class Sweep:
             nodes, workers = fleet(), config.train.workers
             concurrent = concurrent_runs(nodes, workers, "train.workers", config.max_concurrent_trials)
             budget = Budget(config.budget, workers, nodes.types)
-            self._save()
+            self._refuse_empty(data)
+            self._write(UNFINISHED)
             parent = self._start_parent(tracking, data, budget)
-            context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())
-            record = Record(self.folder / "record.jsonl")
-            writer = MlflowWriter(tracking, record.path, context)
-            writer.start()
-            try:
-                for entry in earlier:
-                    if entry.trial_id not in record.entries:
-                        record.propose(entry)
-                if config.dense_baseline and BASELINE not in record.entries:
-                    record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
-                searcher = self._searcher(record, steps, budget, data)
-                self._search(searcher, record, context, steps, concurrent)
-            finally:
-                late = writer.finish(PATIENCE)
-            if searcher.interrupted:
-                tracking.finish(parent, "killed", "interrupted")
-                raise KeyboardInterrupt
-            if late:
-                again = f"gsa sweep --resume {config.name}"
-                raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
-            return self._conclude(tracking, parent, record)
+            with self._state_told(tracking, parent):
+                self._describe_parent(tracking, parent, data)
+                self._write(CONFIG)
+                self._train(tracking, parent, data, steps, concurrent, budget, earlier)
+                return self._conclude(tracking, parent)
 
-    def _searcher(self, record: Record, steps: int, budget: Budget, data: Prepared) -> GsaSearcher:
+    def _train(
+        self,
+        tracking: Tracking,
+        parent: str,
+        data: Prepared,
+        steps: int,
+        concurrent: int,
+        budget: Budget,
+        earlier: list[Entry],
+    ) -> None:
+        """Run what is left of the sweep, and log it.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted; `Saved` where every running trial has saved its last step.
+            InfrastructureError: the storage, a node or the cluster failed.
+            RunError: MLflow did not take all of it.
+        """
+        config = self.config
+        context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())
+        stop.reset(Path(context.stop))
+        record = Record(self.folder / RECORD)
+        writer = MlflowWriter(tracking, record.path, context)
+        writer.start()
+        patience = BRIEF
+        try:
+            for entry in earlier:
+                if entry.trial_id not in record.entries:
+                    record.propose(entry)
+            if config.dense_baseline and BASELINE not in record.entries:
+                record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
+            searcher = self._searcher(record, steps, budget, data, Path(context.stop))
+            self._search(searcher, record, context, steps, concurrent)
+            patience = PATIENCE
+        except OSError as error:
+            raise InfrastructureError(f"{self.folder}: {one_line(error)}") from error
+        finally:
+            late = writer.finish(patience)
+        if late:
+            again = f"gsa sweep --resume {config.name}"
+            raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
+
+    def _searcher(self, record: Record, steps: int, budget: Budget, data: Prepared, stop_file: Path) -> GsaSearcher:
         config = self.config
         halving = Halving(config.scheduler, steps, self.aims)
         studies = Studies(self.space, self.aims, config.searcher, halving.rungs, config.seed, record)
@@ -209,12 +257,14 @@ class Sweep:
             gate=self._gate(data) if config.gate else lambda _: None,
             confirmations=lambda: confirmations(config.confirm, self.aims, record.entries, config.train.seed),
             spent=lambda: budget.spent(record.events, record.entries.values(), time.time()),
+            stop_trials=lambda: stop.request(stop_file),
+            check_storage=lambda: refuse_unwritable(self.folder),
         )
 
     def _search(
         self, searcher: GsaSearcher, record: Record, context: TrialContext, steps: int, concurrent: int
     ) -> None:
-        """Run what is left of the sweep."""
+        """Run trials until there is none left or the sweep ends early."""
         if searcher.finished:
             return
         record.begin()
@@ -232,9 +282,11 @@ class Sweep:
                 run_trials(make_trainable(context), searcher, self.folder, concurrent, resources)
         finally:
             release_all(self.folder / "trials")
-        if searcher.refused:
-            raise RunError(searcher.refused)
-        if not searcher.interrupted and (spent := searcher.spent()):
+        if searcher.broken:
+            raise InfrastructureError(searcher.broken)
+        if searcher.interrupted:
+            raise KeyboardInterrupt if searcher.overdue else Saved
+        if spent := searcher.spent():
             self.console.print(f"{spent}: the sweep ends; with more of it, --resume goes on", markup=False)
 
     def _gate(self, data: Prepared) -> Callable[[TrainConfig], None]:
@@ -254,32 +306,75 @@ class Sweep:
         return found.entries
 
     def _refuse_namesake(self, tracking: Tracking) -> None:
-        if not (self.folder / "sweep.yaml").exists() and tracking.find_run(run_key(self.config.name)) is not None:
-            allowed = f"another sweep of this name is in {tracking.uri}; choose another"
-            raise ConfigError("name", self.config.name, allowed)
+        if (self.folder / CONFIG).exists():
+            return
+        found = tracking.find_run(run_key(self.config.name))
+        if found is None:
+            return
+        if (self.folder / UNFINISHED).exists() and not tracking.children(found.info.run_id):
+            tracking.client.delete_run(found.info.run_id)  # of a start from this folder that did not get further
+            return
+        raise ConfigError("name", self.config.name, f"another sweep of this name is in {tracking.uri}; choose another")
 
-    def _save(self) -> None:
-        unfinished = self.folder / ".sweep.yaml"
+    def _refuse_empty(self, data: Prepared) -> None:
+        """Raise ConfigError for a new sweep none of whose proposals may train: its name is not taken then."""
+        if (self.folder / CONFIG).exists():
+            return
+        gate = self._gate(data) if self.config.gate else lambda _: None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=RandomSampler(seed=self.config.seed))
+        reason = ""
+        for _ in range(REJECTIONS):
+            try:
+                gate(self.space.compose(self.space.settings(self.space.sample(study.ask()))))
+                return
+            except RequestError as error:
+                reason = str(error)
+        allowed = f"has no valid combination in {REJECTIONS} draws; the last: {reason}"
+        raise ConfigError("space", sorted(self.config.space), allowed)
+
+    def _write(self, name: str) -> None:
+        """Write the configuration to a file of the folder: whole, or not at all."""
+        unfinished = self.folder / f"{UNFINISHED}.new"
         unfinished.write_text(to_yaml(self.config), encoding="utf-8")
-        unfinished.rename(self.folder / "sweep.yaml")
+        unfinished.rename(self.folder / name)
+        if name == CONFIG:
+            (self.folder / UNFINISHED).unlink(missing_ok=True)
 
     def _start_parent(self, tracking: Tracking, data: Prepared, budget: Budget) -> str:
+        """The sweep's run, which is running now."""
         config = self.config
         objectives = json.dumps([dataclasses.asdict(o) for o in config.objectives])
         constraints = json.dumps([dataclasses.asdict(c) for c in config.constraints])
         tags = {"gsa.sweep": config.name, OBJECTIVES: objectives, CONSTRAINTS: constraints, **git_tags()}
-        tags[RATES] = json.dumps(budget.rates)
-        parent = tracking.start_run(run_key(config.name), config.name, tags=tags)
-        tracking.describe(parent, flatten(config), to_yaml(config))
-        tracking.describe_data(parent, dataclasses.asdict(config.train.data.corpus), data.fingerprint)
-        floor = bigram_bits_per_byte(data, config.train.evaluation)
-        tracking.log(parent, 0, {"floor_bigram_bits_per_byte": floor})
-        return parent
+        return tracking.start_run(run_key(config.name), config.name, tags=tags | {RATES: json.dumps(budget.rates)})
 
-    def _conclude(self, tracking: Tracking, parent: str, record: Record) -> Report:
+    def _describe_parent(self, tracking: Tracking, parent: str, data: Prepared) -> None:
+        """Log the configuration: as params what can never change, as tags what may."""
+        settings = flatten(self.config)
+        changing = {key for key in settings if _is_below(key, (*EXTENSIBLE, *MOVABLE))}
+        tracking.log_rows(parent, [], {f"gsa.setting.{key}": str(settings[key]) for key in sorted(changing)})
+        tracking.describe(parent, {k: v for k, v in settings.items() if k not in changing}, to_yaml(self.config))
+        tracking.describe_data(parent, dataclasses.asdict(self.config.train.data.corpus), data.fingerprint)
+        floor = bigram_bits_per_byte(data, self.config.train.evaluation)
+        tracking.log(parent, 0, {"floor_bigram_bits_per_byte": floor})
+
+    @contextmanager
+    def _state_told(self, tracking: Tracking, parent: str) -> Iterator[None]:
+        """Tell MLflow how the sweep has ended, however the block ends."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            _finish(tracking, parent, "killed", "interrupted")
+            raise
+        except BaseException as error:
+            _finish(tracking, parent, "failed", one_line(error))
+            raise
+
+    def _conclude(self, tracking: Tracking, parent: str) -> Report:
+        record = Record(self.folder / RECORD)
         if not any(entry.state == COMPLETE and entry.searched for entry in record.trials()):
             reasons = [entry.reason for entry in record.trials() if entry.reason]
-            tracking.finish(parent, "failed", "no trial came to its end")
             raise RunError(
                 f"no trial came to its end; the last failed because: {reasons[-1] if reasons else 'unknown'}"
             )
@@ -293,18 +388,31 @@ class Sweep:
         return report
 
 
+def _is_below(key: str, names: Iterable[str]) -> bool:
+    """Whether a key is one of these, or a setting below one."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
+
+
+def _finish(tracking: Tracking, parent: str, state: str, reason: str) -> None:
+    try:
+        tracking.finish(parent, state, reason)
+    except (MlflowException, requests.RequestException, OSError) as error:
+        logger.warning("MLflow shows the sweep as running until it is resumed (%s)", one_line(error)[:200])
+
+
 @contextmanager
 def _signals(searcher: GsaSearcher) -> Iterator[None]:
-    """Ctrl-C and a job's stop end the sweep in order; a second one ends it at once."""
+    """Signals end the sweep in order: its trials save and stop. A second one ends it at once."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         if searcher.interrupted:
             raise KeyboardInterrupt
         searcher.interrupted = True
-        logger.warning("interrupted: ending the trials that run; once more ends at once")
+        with suppress(OSError):  # of a terminal that is gone
+            logger.warning("interrupted: the trials that run save and stop; once more ends at once")
 
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    with stops_go_to(interrupt):
+    with stops_go_to(end):
         yield
 
 

@@ -10,8 +10,8 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,23 +22,29 @@ from rich.console import Console
 from gsa import spool
 from gsa.background import apart, every
 from gsa.config import TrainConfig, load_config
-from gsa.data.packing import prepare
-from gsa.errors import RunError, one_line
+from gsa.errors import InfrastructureError, RunError, one_line
 from gsa.tracking import connect, git_tags
 from gsa.training import checkpoint
 from gsa.training.loop import total_steps
+from gsa.training.steps import PREFIX, steps
+from ray_jobs import stop
 from ray_jobs.cluster import concurrent_runs, fleet, running
 from ray_jobs.job import Job
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.runs import TrainContext
-from ray_jobs.signals import stops_go_to
+from ray_jobs.signals import Saved, interrupt, stops_go_to
 from ray_jobs.storage import locked, settle
+from ray_jobs.text import prepare_same
 from ray_jobs.worker import RESOURCES, fit, release, root_cause
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds that the end of a run waits for an MLflow that does not answer
+BRIEF = 8.0  # the same where the run is broken off
+GRACE = 60.0  # seconds that the workers have to save and stop
+RELEASE = 30.0  # seconds that the trainer has to end without its workers
+STOP = ".stop"  # file in the run's folder by which workers are asked to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,41 +67,60 @@ def load_train(path: str | Path, overrides: list[str] | None = None) -> TrainCon
     return config
 
 
-def run_train(config: TrainConfig, console: Console) -> Finished:
+def run_train(config: TrainConfig, console: Console, command: Sequence[str] = ("gsa", "train")) -> Finished:
     """Train a run to its end, from its newest checkpoint if it has one.
+
+    Args:
+        config: of the run.
+        console: where progress is printed.
+        command: that goes on with the run, for errors.
 
     Raises:
         RequestError: the request is wrong; nothing was started.
         RunError: a worker failed; earlier checkpoints are intact.
-        KeyboardInterrupt: it was interrupted; the same call goes on from its last checkpoint.
+        KeyboardInterrupt: it was interrupted; the same call goes on from its last checkpoint. `Saved` where that is of
+            the last step.
     """
+    with stops_go_to(interrupt):
+        return _run(config, console, command)
+
+
+def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finished:
     folder = Path(config.storage) / "train" / config.name
     asked = dataclasses.asdict(config)
-    steps = total_steps(config, prepare(config.data, Path(config.storage) / "data"))
+    data = prepare_same(config, [folder], command)
+    total = total_steps(config, data)
     newest = checkpoint.latest(folder)
     if newest is not None:
         newest.refuse_other(config)
-        console.print(f"continuing from step {newest.step} of {steps}", highlight=False)
+        console.print(f"continuing from step {newest.step} of {total}", highlight=False)
     tracking = connect(config.tracking, config.storage)
     context = TrainContext(config.name, str(folder), git_tags())
     with locked(folder, f"run {config.name!r}"), running():
         concurrent_runs(fleet(), config.workers, asked=1)
+        stop_file = folder / STOP
+        stop.reset(stop_file)
         record = Record(folder / "record.jsonl")
         entry = Entry(config.name, {}, {})
         record.propose(entry)  # again where it goes on: MLflow is then told so
         writer = MlflowWriter(tracking, record.path, context)
         writer.start()
+        patience = BRIEF
         try:
-            with stops_go_to(_interrupt), _progress(folder, steps, console):
-                _fit_apart(Job(asked, str(folder), str(record.path)))
+            with _progress(folder, total, console):
+                _fit(Job(asked, str(folder), str(record.path), str(stop_file)), total)
             record.end(config.name, COMPLETE)
+            patience = PATIENCE
         except (RunError, TrainingFailedError) as error:
             cause = root_cause(error)
             reason = one_line(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {one_line(cause)}"
-            record.end(config.name, FAIL, reason=reason)
+            with contextlib.suppress(OSError):  # of the same full disk, perhaps
+                record.end(config.name, FAIL, reason=reason)
             raise RunError(reason) from error
+        except OSError as error:
+            raise InfrastructureError(f"{folder}: {one_line(error)}") from error
         finally:
-            late = writer.finish(PATIENCE)
+            late = writer.finish(patience)
             if late:
                 logger.error("%s; every metric is in %s, and the same command logs what is missing", late, folder)
     run = tracking.find_run(context.run(entry).key)
@@ -104,23 +129,54 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
     return Finished(str(run.info.run_id), folder, dict(run.data.metrics))
 
 
-def _fit_apart(job: Job) -> None:
-    """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1."""
+def _fit(job: Job, total_steps: int) -> None:
+    """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1.
+
+    Raises:
+        KeyboardInterrupt: a signal asked for an end; `Saved` where the run has saved its last step.
+    """
+    signals: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+        stop.request(Path(job.stop))
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            logger.warning("interrupted: the run saves and stops; once more ends at once")
+
     outcome = apart(partial(fit, job))
+    note = Path(job.folder) / RESOURCES
+    asked_at: float | None = None
     try:
+        with stops_go_to(end):
+            while not outcome.done():
+                wait([outcome], timeout=0.2)
+                if signals and asked_at is None:
+                    asked_at = time.monotonic()
+                # nothing trains before the workers have left their note, so nothing is lost
+                if asked_at is not None and (not note.exists() or time.monotonic() - asked_at > GRACE):
+                    raise KeyboardInterrupt
         outcome.result()
     except KeyboardInterrupt:
-        # without its workers the trainer ends; Ray must not be shut down under a thread that still uses it
-        deadline = time.monotonic() + 30
-        while not outcome.done() and time.monotonic() < deadline:
-            release(Path(job.folder) / RESOURCES)
-            wait([outcome], timeout=0.2)
+        _release(outcome, note)
         raise
+    if signals and _last_step(Path(job.folder)) < total_steps:
+        raise Saved
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Also where a shell began this with SIGINT ignored."""
-    raise KeyboardInterrupt
+def _release(outcome: "Future[None]", note: Path) -> None:
+    """Free what the workers hold, which ends the trainer: Ray must not be shut down under a thread that uses it."""
+    deadline = time.monotonic() + RELEASE
+    while not outcome.done() and time.monotonic() < deadline:
+        release(note)
+        wait([outcome], timeout=0.2)
+
+
+def _last_step(folder: Path) -> int:
+    """The number of steps that the newest checkpoint has."""
+    found = steps(folder)
+    return int(found[-1].name.removeprefix(PREFIX)) if found else 0
 
 
 @contextlib.contextmanager

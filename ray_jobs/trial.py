@@ -8,20 +8,22 @@ from pathlib import Path
 
 from ray import tune
 
-from gsa.errors import one_line
+from gsa.errors import InfrastructureError, one_line
+from ray_jobs import stop
 from ray_jobs.job import job_of
 from ray_jobs.nested import train_nested
 from ray_jobs.record import Proposal
 from ray_jobs.runs import TrialContext
-from ray_jobs.storage import NotSharedError, refuse_unshared
+from ray_jobs.storage import refuse_unshared
 from ray_jobs.worker import LASTING, work
 
 
 def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
     """The function that Tune calls with each of the searcher's proposals.
 
-    What would fail again in the same way ends the trial with its reason as result; a node that does not see the storage
-    ends the sweep; anything else is raised, and Tune starts the trial again from its checkpoint.
+    What would fail again in the same way ends the trial, with its reason as result. A disk or a node that fails ends
+    the sweep and not the trial, which goes on when the sweep does. Anything else is raised, and Tune starts the trial
+    again from its checkpoint.
     """
 
     def train_trial(proposal: Proposal) -> None:
@@ -32,8 +34,10 @@ def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
                 work(job, tune.report)
             else:
                 train_nested(job, tune.report)
-        except NotSharedError as error:
-            tune.report({"not_shared": one_line(error)})
+            if stop.watch(Path(context.stop))():
+                tune.report({"stopped": True})  # Tune prints a line for a trial that ends without a word
+        except (InfrastructureError, OSError) as error:
+            tune.report({"infrastructure": f"{proposal['trial_id']}: {one_line(error)}"})
         except LASTING as error:
             tune.report({"failed": one_line(error)})
 

@@ -21,15 +21,16 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 
 from gsa.config import flatten, to_yaml
 from gsa.data.packing import prepare
-from gsa.errors import RequestError, RunError, one_line
+from gsa.errors import InfrastructureError, RequestError, RunError, one_line
 from gsa.evaluation.dry import dry_step
 from gsa.spool import Spool, system_metrics
 from gsa.training.loop import Trainer
 from gsa.training.steps import steps
 from gsa.training.workers import Workers, WorkersConfig
+from ray_jobs import stop
 from ray_jobs.capacity import worker_resources
 from ray_jobs.job import Job
-from ray_jobs.storage import NotSharedError, refuse_unshared
+from ray_jobs.storage import refuse_unshared
 
 COORDINATOR = "AutoscalingCoordinator"  # the actor to which Ray Train says what it needs
 RESOURCES = ".placement_group"  # file in a run's folder that names what its workers hold
@@ -58,6 +59,7 @@ def run_workers(
 
     Raises:
         RunError: it would fail again in the same way; the message is the worker's own.
+        InfrastructureError: its disk or its node failed.
         ray.train.TrainingFailedError: anything else, a worker that was lost for example.
     """
     trainer = TorchTrainer(
@@ -76,8 +78,10 @@ def run_workers(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         cause = root_cause(error)
-        if isinstance(cause, NotSharedError):
+        if isinstance(cause, InfrastructureError):
             raise cause from error
+        if isinstance(cause, OSError):
+            raise InfrastructureError(one_line(cause)) from error
         if isinstance(cause, LASTING):
             raise RunError(one_line(cause)) from error
         raise
@@ -129,7 +133,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def work(job: Job, report: Report) -> None:
-    """Train this worker's share of a run, from its newest checkpoint if it has one.
+    """Train this worker's share of a run, from its newest checkpoint if it has one, until it ends or is asked to stop.
 
     Args:
         report: takes the metrics of each evaluation, `step`, `complete` and `seconds` among them; called by every
@@ -162,6 +166,6 @@ def work(job: Job, report: Report) -> None:
             report({**metrics, "step": step, "seconds": trainer.seconds, **ends})
 
     with watch:
-        trainer.train(log, job.until)
+        trainer.train(log, job.until, stop.watch(Path(job.stop)))
     if spool is not None:
         spool.close()

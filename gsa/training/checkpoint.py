@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from gsa.data.tokenizer import Tokenizer
-from gsa.errors import ConfigError, RequestError, RunError, one_line
+from gsa.errors import ConfigError, InfrastructureError, RequestError, one_line
 from gsa.model import GSAForCausalLM
 from gsa.store import TrackingConfig
 from gsa.training.steps import PREFIX, steps
@@ -128,7 +128,7 @@ def save(
     """Write `folder/step-…` and delete all but the last `keep`.
 
     Raises:
-        RunError: it could not be written, a full disk for example; earlier checkpoints are intact.
+        InfrastructureError: it could not be written, a full disk for example; earlier checkpoints are intact.
     """
     target = folder / f"{PREFIX}{step:09d}"
     unfinished = folder / f".{target.name}.{os.getpid()}"
@@ -153,7 +153,7 @@ def save(
         last = next(iter(reversed(steps(folder))), None)
         kept = f"{last.name} is intact" if last else "there is no earlier one"
         free = shutil.disk_usage(folder).free / 2**20 if folder.exists() else 0
-        raise RunError(
+        raise InfrastructureError(
             f"checkpoint of step {step} could not be written to {folder} ({free:.0f} MiB free): {error}; {kept}"
         ) from error
     for old in steps(folder)[:-keep]:

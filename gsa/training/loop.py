@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Log = Callable[[int, dict[str, float]], None]
+Stop = Callable[[], bool]
 
 
 def _default_stages() -> list[StageConfig]:
@@ -127,12 +128,15 @@ class Trainer:
         if newest is not None:
             self._resume(newest)
 
-    def train(self, log: Log, until: int | None = None) -> dict[str, float]:
+    def train(self, log: Log, until: int | None = None, stop: Stop = lambda: False) -> dict[str, float]:
         """Train to the end of the last stage, or for `until` steps in all, which then end in an evaluation too.
 
         Args:
             log: called on every worker, with the number of finished steps and the metrics. A resumed run first repeats
                 the call of its checkpoint's step.
+            until: steps in all; None trains to the end.
+            stop: asked on every worker before each step. Once it is true on any of them, all stop after the step that
+                they have finished, with a checkpoint of it.
 
         Returns:
             The last metrics, evaluation included.
@@ -147,7 +151,8 @@ class Trainer:
         stage: Stage | None = None
         seconds, tokens = 0.0, 0
         self.model.train()
-        while self.step < last:
+        saved = self.step
+        while self.step < last and not self.workers.any(stop()):
             resumed_at = time.perf_counter()
             if self.step and self.plan.stage(self.step) != self.plan.stage(self.step - 1):
                 self.spikes.new_stage()
@@ -179,8 +184,11 @@ class Trainer:
             if done % training.checkpoint_every == 0 or done == last:
                 # before it is logged: a trial that is stopped at its last report has its last checkpoint
                 self._save()
+                saved = done
             if logs:
                 log(done, metrics)
+        if self.step > saved:
+            self._save()
         return self.metrics
 
     def _wrap(self, step: TrainingStep) -> nn.Module:

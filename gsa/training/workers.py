@@ -63,6 +63,12 @@ class Workers:
         means = self.sum(torch.tensor(list(values.values()), dtype=torch.double)) / self.world
         return dict(zip(values, means.tolist(), strict=True))
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any worker."""
+        if self.world == 1:
+            return flag
+        return bool(self.largest(torch.tensor(float(flag))))
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ray.tune.search import Searcher
 
-from gsa.errors import RequestError, RunError
+from gsa.errors import InfrastructureError, RequestError, RunError
 from ray_jobs.confirm import ConfirmConfig, confirmations, front
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, RUNNING, Entry, Record
 from tests.draw import Draw
@@ -140,12 +140,85 @@ def test_a_spent_budget_stops_what_runs_and_more_of_it_goes_on(draw: Draw, tmp_p
     proposal = start(searcher, "0")
     assert proposal is not None
     spent = "budget.gpu_hours = 1 is spent"
-    assert searcher.halted
+    assert searcher.halts()
     searcher.on_trial_complete("0", result_at(proposal["settings"], 20, None))
     assert searcher.suggest("1") == Searcher.FINISHED
     assert searcher.record.entries[proposal["trial_id"]].state == RUNNING
     again = searcher_of(path, [LOSS], 20, halving=False)
     assert again.suggest("0") == proposal
+
+
+def test_a_sweep_that_ends_early_starts_nothing_and_lets_its_trials_save(tmp_path: Path) -> None:
+    asked: list[str] = []
+    path = tmp_path / "r.jsonl"
+    searcher = searcher_of(path, [LOSS], 20, halving=False, max_failures=1, stop_trials=lambda: asked.append("stop"))
+    proposals = [start(searcher, str(i)) for i in range(3)]
+    searcher.on_trial_complete("2", error=True)  # waits to be started again
+    assert not searcher.cuts_off()
+    assert not asked
+    searcher.interrupted = True
+    assert searcher.suggest("3") is None
+    searcher.on_trial_complete("0", {})  # it has saved, and says nothing more
+    assert not searcher.cuts_off()  # one still saves
+    searcher.on_trial_complete("1", result_at(proposals[1]["settings"], 90, None))  # type: ignore[index]
+    assert searcher.suggest("4") == Searcher.FINISHED
+    assert searcher.cuts_off()
+    assert not searcher.overdue
+    assert asked == ["stop"]
+    states = [searcher.record.entries[p["trial_id"]].state for p in proposals if p is not None]
+    assert states == [RUNNING, COMPLETE, RUNNING]
+    again = searcher_of(path, [LOSS], 20, halving=False)
+    assert [start(again, "0"), start(again, "1")] == [proposals[0], proposals[2]]
+
+
+def test_trials_that_do_not_save_in_time_are_cut_off(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path / "r.jsonl", [LOSS], 2, halving=False, grace=0.0)
+    proposal = start(searcher, "0")
+    assert proposal is not None
+    searcher.interrupted = True
+    assert searcher.cuts_off()
+    assert searcher.overdue
+    searcher.on_trial_complete("0", {})
+    assert searcher.record.entries[proposal["trial_id"]].state == RUNNING
+
+
+@pytest.mark.parametrize("how", ["reported", "found when the process died"])
+def test_a_disk_that_is_full_ends_the_sweep_and_no_trial(tmp_path: Path, how: str) -> None:
+    def full() -> None:
+        raise InfrastructureError("/runs cannot be written to (No space left on device)")
+
+    asked: list[str] = []
+    path = tmp_path / "r.jsonl"
+    searcher = searcher_of(
+        path, [LOSS], 20, halving=False, stop_trials=lambda: asked.append("stop"), check_storage=full
+    )
+    proposals = [start(searcher, str(i)) for i in range(2)]
+    if how == "reported":
+        searcher.on_trial_complete("0", {"infrastructure": "trial: No space left on device"})
+    else:
+        searcher.on_trial_complete("0", error=True)
+    assert "No space left on device" in searcher.broken
+    assert searcher.suggest("2") is None
+    searcher.on_trial_complete("1", error=True)
+    assert asked == ["stop"]
+    assert searcher.cuts_off()
+    assert {searcher.record.entries[p["trial_id"]].state for p in proposals if p is not None} == {RUNNING}
+    again = searcher_of(path, [LOSS], 20, halving=False)
+    assert [start(again, "0"), start(again, "1")] == proposals
+
+
+def test_the_death_of_its_node_is_not_counted_against_a_trial(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path / "r.jsonl", [LOSS], 1, halving=False, max_failures=1)
+    proposal = start(searcher, "0")
+    assert proposal is not None
+    for i in range(5):
+        searcher.lost_node(str(i))
+        searcher.on_trial_complete(str(i), error=True)
+        assert start(searcher, str(i + 1)) == proposal
+    searcher.on_trial_complete("5", error=True)
+    assert start(searcher, "6") == proposal
+    searcher.on_trial_complete("6", error=True)
+    assert searcher.record.entries[proposal["trial_id"]].reason == "its process died 2 times"
 
 
 def test_proposals_are_plain_data(draw: Draw, tmp_path: Path) -> None:

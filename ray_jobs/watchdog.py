@@ -1,0 +1,125 @@
+"""Notices that the Ray cluster is gone: Ray itself waits for it for a minute, or for ever."""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import psutil
+import ray
+import ray._private.worker
+
+from gsa.errors import InfrastructureError
+
+INTERVAL = 1.0  # seconds between two looks
+# seconds without an answer after which the head counts as gone; where it may come back, Ray's own setting says how long
+# that may take
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+GCS_PATIENCE = float(os.environ.get(RECONNECT, 6))
+SHUTDOWN = 2.0  # seconds that Ray has to let go of a cluster that is gone
+LAST = 12.0  # seconds after which a process that Ray keeps from ending in order ends at once
+
+
+class _Gone(BaseException):
+    """Raised in the main thread; nothing of Ray catches it."""
+
+
+@contextmanager
+def connected_cluster() -> Iterator[None]:
+    """Run a block that needs the cluster that `ray.init` has joined, and leave it; to be called in the main thread.
+
+    Raises:
+        InfrastructureError: the cluster is gone. The block was ended where it was.
+    """
+    watch = _Watch()
+    earlier = signal.signal(signal.SIGUSR1, watch.raise_once)
+    threading.Thread(target=watch.run, daemon=True, name="ray-watchdog").start()
+    try:
+        yield
+    except BaseException as error:
+        if not watch.reason:
+            raise
+        # `_Gone`, or what Ray has made of it on the way
+        raise InfrastructureError(f"the Ray cluster is gone: {watch.reason}") from error
+    finally:
+        watch.done.set()
+        signal.signal(signal.SIGUSR1, earlier)
+        _leave(watch.reason)
+
+
+def _leave(gone: str) -> None:
+    """Let go of the cluster; of one that is gone, not for longer than `SHUTDOWN` seconds."""
+    if not gone:
+        ray.shutdown()
+        return
+    atexit.unregister(ray._private.worker.shutdown)
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(SHUTDOWN)
+
+
+class _Watch:
+    """Looks after a cluster from a thread of its own, and tells the main thread once it is gone."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.done = threading.Event()
+        self._gcs = ray.get_runtime_context().gcs_address
+        self._raylet = _own_raylet()
+        self._raised = False
+
+    def run(self) -> None:
+        answered = time.monotonic()
+        while not self.reason:
+            if self.done.wait(INTERVAL):
+                return
+            if self._raylet is not None and not _lives(self._raylet):
+                self.reason = f"its process on this machine (raylet, pid {self._raylet.pid}) has ended"
+            elif self._gcs_answers():
+                answered = time.monotonic()
+            elif time.monotonic() - answered > GCS_PATIENCE:
+                self.reason = f"its head does not answer at {self._gcs}"
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        if not self.done.wait(LAST):  # Ray has caught the exception, or waits where none can be raised
+            print(f"error: the Ray cluster is gone: {self.reason}", file=sys.stderr, flush=True)
+            os._exit(1)
+        while threading.main_thread().is_alive():
+            time.sleep(INTERVAL)
+        time.sleep(SHUTDOWN)
+        os._exit(1)  # the error was shown, and Ray's threads keep the process from ending
+
+    def raise_once(self, number: int, frame: FrameType | None) -> None:
+        if not self._raised:
+            self._raised = True
+            raise _Gone
+
+    def _gcs_answers(self) -> bool:
+        host, _, port = self._gcs.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=INTERVAL):
+            return True
+        return False
+
+
+def _own_raylet() -> psutil.Process | None:
+    """The raylet of this machine that this process talks to, where it can be told."""
+    node = ray._private.worker.global_worker.node
+    if node is None:
+        return None
+    word = f"--raylet_socket_name={node.raylet_socket_name}"
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and word in (process.info["cmdline"] or []):
+            return process
+    return None
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
