@@ -64,7 +64,7 @@ EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm",
 # what else may differ between two lives of a sweep; MLflow's params never change, so neither is one
 MOVABLE = ("train.storage", "train.tracking")
 PATIENCE = 300.0  # seconds that the end of a sweep waits for an MLflow that does not answer
-BRIEF = 8.0  # the same where the sweep is broken off
+BRIEF = 5.0  # the same where the sweep is broken off
 
 CONFIG, RECORD = "sweep.yaml", "record.jsonl"  # files of a sweep's folder
 UNFINISHED = ".sweep.yaml"  # its configuration before MLflow has taken it

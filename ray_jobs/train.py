@@ -41,7 +41,7 @@ from ray_jobs.worker import RESOURCES, fit, release, root_cause
 logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds that the end of a run waits for an MLflow that does not answer
-BRIEF = 8.0  # the same where the run is broken off
+BRIEF = 5.0  # the same where the run is broken off
 GRACE = 60.0  # seconds that the workers have to save and stop
 RELEASE = 30.0  # seconds that the trainer has to end without its workers
 STOP = ".stop"  # file in the run's folder by which workers are asked to stop

@@ -24,7 +24,8 @@ INTERVAL = 1.0  # seconds between two looks
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 GCS_PATIENCE = float(os.environ.get(RECONNECT, 6))
 SHUTDOWN = 2.0  # seconds that Ray has to let go of a cluster that is gone
-LAST = 12.0  # seconds after which a process that Ray keeps from ending in order ends at once
+TELLS = signal.SIGUSR2  # the main thread; Tune has its own use for SIGUSR1
+LAST = 13.0  # seconds after which a process that Ray keeps from ending in order ends at once
 
 
 class _Gone(BaseException):
@@ -39,7 +40,7 @@ def connected_cluster() -> Iterator[None]:
         InfrastructureError: the cluster is gone. The block was ended where it was.
     """
     watch = _Watch()
-    earlier = signal.signal(signal.SIGUSR1, watch.raise_once)
+    earlier = signal.signal(TELLS, watch.raise_once)
     threading.Thread(target=watch.run, daemon=True, name="ray-watchdog").start()
     try:
         yield
@@ -50,7 +51,7 @@ def connected_cluster() -> Iterator[None]:
         raise InfrastructureError(f"the Ray cluster is gone: {watch.reason}") from error
     finally:
         watch.done.set()
-        signal.signal(signal.SIGUSR1, earlier)
+        signal.signal(TELLS, earlier)
         _leave(watch.reason)
 
 
@@ -86,7 +87,7 @@ class _Watch:
                 answered = time.monotonic()
             elif time.monotonic() - answered > GCS_PATIENCE:
                 self.reason = f"its head does not answer at {self._gcs}"
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        signal.pthread_kill(threading.main_thread().ident or 0, TELLS)
         if not self.done.wait(LAST):  # Ray has caught the exception, or waits where none can be raised
             print(f"error: the Ray cluster is gone: {self.reason}", file=sys.stderr, flush=True)
             os._exit(1)

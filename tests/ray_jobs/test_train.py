@@ -1,6 +1,7 @@
 """One run through Ray Train: workers, interruption, failure, and what MLflow holds of it."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from torch.testing import assert_close
 
-from gsa import load_checkpoint
+from gsa import load_checkpoint, spool
 from gsa.training.steps import steps
 from tests.bench.outage import Server
 from tests.draw import Draw
@@ -27,7 +28,7 @@ def start(folder: Path, seed: int, *overrides: str, **changes: Any) -> "subproce
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(tiny(folder, seed, **changes)))
     command = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -40,6 +41,14 @@ def wait_for_step(folder: Path, step: int) -> None:
     last = time.monotonic() + 120
     while not any(int(p.name[5:]) >= step for p in steps(folder)):
         assert time.monotonic() < last, "no checkpoint came"
+        time.sleep(0.02)
+
+
+def wait_for_training(folder: Path, step: int) -> None:
+    """Wait until a run has logged a step, saved or not."""
+    last = time.monotonic() + 120
+    while not any(row.step >= step for row in spool.rows(folder)):
+        assert time.monotonic() < last, "no step came"
         time.sleep(0.02)
 
 
@@ -71,25 +80,32 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     return seed, folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
     draw: Draw, tmp_path: Path, whole: tuple[int, Path], number: signal.Signals
 ) -> None:
     seed, uninterrupted = whole
-    process = start(tmp_path, seed, **LONG)
-    wait_for_step(tmp_path / "runs/train/tiny", draw.random.randint(3, 40))
-    process.send_signal(number)
-    code, _, errors = end(process)
+    folder, at = tmp_path / "runs/train/tiny", draw.random.randint(3, 40)
     store = Store(tmp_path / "runs")
+    changes = LONG if number == signal.SIGKILL else LONG | {"training__checkpoint_every": 1000}
+    process = start(tmp_path, seed, **changes)
     if number == signal.SIGKILL:
-        assert code == -signal.SIGKILL
+        wait_for_step(folder, at)
+        process.send_signal(number)
+        assert end(process)[0] == -signal.SIGKILL
     else:
+        wait_for_training(folder, at)
+        os.killpg(process.pid, number)  # as `timeout` and Slurm do: Ray's processes are of the group too
+        code, _, errors = end(process)
         assert code == 130, errors
-        assert f"To go on: gsa train {tmp_path / 'train.yaml'}" in errors
+        assert f"everything is saved. To go on: gsa train {tmp_path / 'train.yaml'}" in errors
         assert store.runs()[0].info.status == "KILLED"
-    code, output, errors = end(start(tmp_path, seed, **LONG))
+        assert len(steps(folder)) == 1
+        assert int(steps(folder)[0].name[5:]) >= max(row.step for row in spool.rows(folder))  # no step is lost
+    saved = int(steps(folder)[-1].name[5:])
+    code, output, errors = end(start(tmp_path, seed, **changes))
     assert code == 0, errors
-    assert "continuing from step" in output
+    assert f"continuing from step {saved} of 150" in output
     (run,) = store.runs()
     assert run.info.status == "FINISHED"
     assert store.steps(run, "held_out_loss") == [30, 60, 90, 120, 150]
