@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ from gsa.settings import setting
 logger = logging.getLogger(__name__)
 
 FORMAT = "gsa-tokens-1"
+COPY = re.compile("[0-9a-f]{24}")  # the name of a tokenized copy's folder
+SURVEY = "survey.json"  # file of a tokenized copy: what text it holds
 BATCH_BYTES = 1 << 20  # text encoded at once
 
 
@@ -40,6 +43,12 @@ class DataConfig:
     tokenizer: TokenizerConfig = setting(TokenizerConfig, "tokenizer")
     context_length: int = setting(256, "tokens of a sequence, T", ge=1)
     attend_across_documents: bool = setting(False, "let tokens attend to earlier documents of their sequence")
+    prepared: str | None = setting(None, "tokenized copy in STORAGE/data that is used as it is; null reads the corpus")
+
+    def check(self, prefix: str) -> None:
+        if self.prepared is not None and not COPY.fullmatch(self.prepared):
+            allowed = "must be the name of a folder in STORAGE/data: 24 hexadecimal digits"
+            raise ConfigError(f"{prefix}.prepared", self.prepared, allowed)
 
 
 class Batch(NamedTuple):
@@ -133,16 +142,11 @@ def prepare(config: DataConfig, cache: Path) -> Prepared:
         cache: folder of the cache, shared by all processes that prepare this text.
 
     Raises:
-        RequestError: the text cannot be read, is too short for one sequence in either split, or cannot be split.
+        RequestError: the text cannot be read, is too short for one sequence in either split, or cannot be split;
+            `data.prepared` names no copy, or one of other settings.
     """
-    found = survey(config.corpus, cache / "surveys")
-    settings = [FORMAT, found.digest, config.corpus.held_out_fraction, dataclasses.asdict(config.tokenizer)]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+    key = _existing(config, cache) if config.prepared is not None else _tokenized(config, cache)
     folder = cache / key
-    if not folder.exists():
-        with FileLock(cache / f"{key}.lock"):
-            if not folder.exists():
-                _tokenize(config, found, folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     splits = []
     for split in ("train", "held_out"):
@@ -153,8 +157,55 @@ def prepare(config: DataConfig, cache: Path) -> Prepared:
             allowed = f"the {name} text has only {len(tokens)} tokens: must be < {len(tokens)}"
             raise ConfigError("data.context_length", config.context_length, allowed)
         splits.append(windows)
+    return Prepared(splits[0], splits[1], tokenizer, _fingerprint(key, config))
+
+
+def cached_copy(cache: Path, fingerprint: str, config: DataConfig) -> str | None:
+    """The tokenized copy in a cache that `prepare` would give this fingerprint, as a value of `data.prepared`.
+
+    Args:
+        cache: as of `prepare`.
+        fingerprint: of an earlier run's data.
+        config: gives how the earlier run packed the text.
+    """
+    return next((name for name in _copies(cache) if _fingerprint(name, config) == fingerprint), None)
+
+
+def _copies(cache: Path) -> list[str]:
+    return sorted(path.parent.name for path in cache.glob("*/tokenizer.json") if COPY.fullmatch(path.parent.name))
+
+
+def _fingerprint(key: str, config: DataConfig) -> str:
     packing = f"{key} {config.context_length} {config.attend_across_documents}"
-    return Prepared(splits[0], splits[1], tokenizer, hashlib.sha256(packing.encode()).hexdigest()[:32])
+    return hashlib.sha256(packing.encode()).hexdigest()[:32]
+
+
+def _key(digest: str, config: DataConfig) -> str:
+    """The name of the copy of this text: of its content, its split and the tokenizer's settings."""
+    settings = [FORMAT, digest, config.corpus.held_out_fraction, dataclasses.asdict(config.tokenizer)]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+
+
+def _existing(config: DataConfig, cache: Path) -> str:
+    assert config.prepared is not None
+    if config.prepared not in _copies(cache):
+        raise ConfigError("data.prepared", config.prepared, f"no such tokenized copy in {cache}")
+    about = cache / config.prepared / SURVEY  # copies of earlier versions have none
+    if about.exists() and _key(json.loads(about.read_text(encoding="utf-8"))["digest"], config) != config.prepared:
+        allowed = "was made with another data.tokenizer or data.corpus.held_out_fraction: set them as they were"
+        raise ConfigError("data.prepared", config.prepared, allowed)
+    return config.prepared
+
+
+def _tokenized(config: DataConfig, cache: Path) -> str:
+    found = survey(config.corpus, cache / "surveys")
+    key = _key(found.digest, config)
+    folder = cache / key
+    if not folder.exists():
+        with FileLock(cache / f"{key}.lock"):
+            if not folder.exists():
+                _tokenize(config, found, folder)
+    return key
 
 
 def _tokenize(config: DataConfig, found: Survey, folder: Path) -> None:
@@ -165,6 +216,7 @@ def _tokenize(config: DataConfig, found: Survey, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     tokenizer.save(unfinished / "tokenizer.json")
+    (unfinished / SURVEY).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
     with (unfinished / "train.bin").open("wb") as train, (unfinished / "held_out.bin").open("wb") as held_out:
         for batch in _batches(documents(config.corpus)):
             encoded = tokenizer.encode_batch([document.text for document in batch])

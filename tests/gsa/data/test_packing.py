@@ -1,5 +1,6 @@
 """Windows hold the text in order and once, know where documents start, and follow the seed alone."""
 
+import dataclasses
 import multiprocessing
 import resource
 from collections import Counter
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from gsa.data.corpus import CorpusConfig, documents, survey
-from gsa.data.packing import DataConfig, Prepared, Shuffled, Windows, prepare
+from gsa.data.packing import DataConfig, Prepared, Shuffled, Windows, cached_copy, prepare
 from gsa.data.tokenizer import TokenizerConfig
 from gsa.errors import ConfigError
+from gsa.settings import check
 from tests.draw import Draw
 from tests.text import write_files
 
@@ -92,6 +94,45 @@ def test_the_cache_is_used_again_and_not_by_other_settings(draw: Draw, tmp_path:
     Path(config.corpus.files[0]).write_text("other text\n" * 50)
     fingerprints.add(prepare(config, tmp_path / "cache").fingerprint)
     assert len(fingerprints) == 5
+
+
+def test_a_cached_copy_is_found_by_its_fingerprint_and_used_when_the_text_is_gone(draw: Draw, tmp_path: Path) -> None:
+    config, cache = config_of(tmp_path, draw), tmp_path / "cache"
+    data = prepare(config, cache)
+    other = prepare(dataclasses.replace(config, tokenizer=TokenizerConfig("bpe", vocab_size=270)), cache)
+    for path in config.corpus.files:
+        Path(path).unlink()
+    (cache / ".0123456789abcdef01234567.5").mkdir()  # another process's work in hand
+    name = cached_copy(cache, data.fingerprint, config)
+    assert name is not None
+    assert name != cached_copy(cache, other.fingerprint, config)
+    assert cached_copy(cache, data.fingerprint, dataclasses.replace(config, context_length=12)) is None
+    assert cached_copy(cache, "0" * 32, config) is None
+    assert cached_copy(tmp_path / "nowhere", data.fingerprint, config) is None
+    again = prepare(dataclasses.replace(config, prepared=name), cache)
+    assert again.fingerprint == data.fingerprint
+    assert np.array_equal(again.train.tokens, data.train.tokens)
+    assert np.array_equal(again.held_out.tokens, data.held_out.tokens)
+
+
+def test_a_prepared_copy_that_is_not_there_or_of_other_settings_is_refused(draw: Draw, tmp_path: Path) -> None:
+    config, cache = config_of(tmp_path, draw), tmp_path / "cache"
+    name = cached_copy(cache, prepare(config, cache).fingerprint, config)
+    for changed, words in (
+        (dataclasses.replace(config, prepared="0" * 24), f"no such tokenized copy in {cache}"),
+        (dataclasses.replace(config, prepared=name, tokenizer=TokenizerConfig("bpe")), r"another data\.tokenizer"),
+        (
+            dataclasses.replace(
+                config, prepared=name, corpus=dataclasses.replace(config.corpus, held_out_fraction=0.4)
+            ),
+            r"data\.corpus\.held_out_fraction",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.prepared = '.{{24}}': .*{words}"):
+            prepare(changed, cache)
+    for value in ("surveys", "../x", "", "A" * 24):
+        with pytest.raises(ConfigError, match=r"data\.prepared = .*24 hexadecimal digits"):
+            check(dataclasses.replace(config, prepared=value), "data")
 
 
 def _prepare(config: DataConfig, cache: Path) -> str:
