@@ -3,40 +3,54 @@
 - `python_stdlib`: the source of the running Python's standard library, one document a file.
 - `text`: UTF-8 files, one document a file. `json`: JSON lines, `parquet`: tables, one document a row.
 - `hub`: a dataset of the Hugging Face hub, or a local folder of one, one document a row.
+- Text and JSON files may be compressed.
 - Everything streams: memory does not grow with the text.
 - A split never cuts through a group: a package of the standard library, a file, or a row.
 """
 
-import codecs
 import dataclasses
-import glob
 import hashlib
 import json
-import os
 import sys
-import sysconfig
-import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gsa.errors import ConfigError, RequestError, one_line
-from gsa.settings import nearest, setting
+from filelock import FileLock
+
+from gsa.data.document import Document, Skipped, Tally
+from gsa.data.files import find_files
+from gsa.data.hub_rows import hub_rows
+from gsa.data.json_rows import json_rows
+from gsa.data.parquet_rows import parquet_rows
+from gsa.data.reading import Read
+from gsa.data.text_files import python_files, standard_library, text_files
+from gsa.errors import ConfigError, one_line
+from gsa.progress import progress
+from gsa.settings import setting
 
 SOURCES = ("python_stdlib", "text", "json", "parquet", "hub")
-PIECE = 1 << 18  # bytes after which a long file goes on as another document of its group
+FOR_ALL = 0o666  # mode of lock files: another user of the cache needs them too
 
 
 @dataclasses.dataclass
 class CorpusConfig:
     source: str = setting("python_stdlib", "where the text comes from", choices=SOURCES)
-    files: list[str] = setting(list, "paths or globs of the files (text, json, parquet)")
+    files: list[str] = setting(
+        list, "paths or globs of the files, .gz, .bz2, .xz and .zst among them (text, json, parquet)"
+    )
     name: str | None = setting(None, "dataset on the Hugging Face hub, or a local folder of one (hub)")
     subset: str | None = setting(None, "configuration of the dataset (hub)")
     revision: str | None = setting(None, "commit, tag or branch of the dataset (hub)")
     split: str = setting("train", "split of the dataset that is read (hub)")
     text_column: str = setting("text", "column that holds the text (json, parquet, hub)")
     max_bytes: int | None = setting(None, "read about this many bytes of text at most; null reads all", ge=1)
+    on_bad_document: str = setting(
+        "skip",
+        "bad documents (binary, not UTF-8, not JSON, null): skip up to 1 % of all, or fail at the first; skip also "
+        "skips any number of empty ones",
+        choices=("skip", "fail"),
+    )
     held_out_fraction: float = setting(0.05, "share of the groups that is held out, at least one", gt=0, lt=1)
 
     def check(self, prefix: str) -> None:
@@ -44,11 +58,6 @@ class CorpusConfig:
             raise ConfigError(f"{prefix}.files", self.files, f"must name files where source is {self.source}")
         if self.source == "hub" and not self.name:
             raise ConfigError(f"{prefix}.name", self.name, "must name a dataset where source is hub")
-
-
-class Document(NamedTuple):
-    group: str  # never cut by a split
-    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,162 +81,120 @@ def survey(config: CorpusConfig, memory: Path) -> Survey:
     Raises:
         RequestError: the text cannot be read, is empty, or is one group, which no split may cut.
     """
-    known = memory / f"{_identity(config)}.json"
-    if known.exists():
-        return Survey(**json.loads(known.read_text(encoding="utf-8")))
-    digest, count, size, first, groups = hashlib.sha256(), 0, 0, "", 0
-    for document in documents(config):
-        encoded = document.text.encode()
-        digest.update(f"{len(encoded)} {document.group}\n".encode())
-        digest.update(encoded)
-        count, size = count + 1, size + len(encoded)
-        if not groups or (groups == 1 and document.group != first):
-            groups += 1
-        if not first or _place(document.group) < _place(first):
-            first = document.group
-    if not size:
-        raise ConfigError("data.corpus.source", config.source, "holds no text")
+    paths = _paths(config)
+    known = memory / f"{_identity(config, paths)}.json"
+    found = _read_survey(known)
+    if found is None:
+        memory.mkdir(parents=True, exist_ok=True)
+        with FileLock(known.with_suffix(".lock"), mode=FOR_ALL):
+            found = _read_survey(known)
+            if found is None:
+                found = _survey(config, sum(path.stat().st_size for path in paths))
+                unfinished = known.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
+                unfinished.rename(known)
+    return found
+
+
+def remembered(config: CorpusConfig, memory: Path) -> Path:
+    """The file in which the survey of a text is remembered."""
+    return memory / f"{_identity(config, _paths(config))}.json"
+
+
+def _read_survey(path: Path) -> Survey | None:
+    try:
+        return Survey(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None  # not there, or not written to its end by a version that wrote it in place
+
+
+def _survey(config: CorpusConfig, size: int) -> Survey:
+    digest, tally = Digest(), Tally()
+    count, first, groups = 0, "", 0
+    # the hub does not say how much there is
+    with progress("reading the text", min(size, config.max_bytes or size) or None) as read:
+        for document in documents(config, tally, read):
+            digest.add(document)
+            count += 1
+            if not groups or (groups == 1 and document.group != first):
+                groups += 1
+            if not first or _place(document.group) < _place(first):
+                first = document.group
+    tally.refuse()
+    if not digest.bytes:
+        empty = f": its {tally.empty} documents are empty" if tally.empty else ""
+        raise ConfigError("data.corpus.source", config.source, f"holds no text{empty}")
     if groups < 2:
         raise ConfigError(
             "data.corpus.files", config.files or config.name, "is one document: a held-out split needs at least two"
         )
-    found = Survey(digest.hexdigest(), count, size, first, groups)
-    memory.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
-    return found
+    tally.log()
+    return Survey(digest.value, count, digest.bytes, first, groups)
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
-    """Every document that is not empty, in a fixed order, up to `max_bytes`.
+class Digest:
+    """SHA-256 of every group and text, in order."""
+
+    def __init__(self) -> None:
+        self.bytes = 0  # of text
+        self._hash = hashlib.sha256()
+
+    def add(self, document: Document) -> int:
+        """Take a document up; returns the bytes of its text."""
+        encoded = document.text.encode()
+        self._hash.update(f"{len(encoded)} {document.group}\n".encode())
+        self._hash.update(encoded)
+        self.bytes += len(encoded)
+        return len(encoded)
+
+    @property
+    def value(self) -> str:
+        return self._hash.hexdigest()
+
+
+def documents(config: CorpusConfig, tally: Tally | None = None, read: Read = lambda _: None) -> Iterator[Document]:
+    """Every document that holds text, in a fixed order, up to `max_bytes`.
+
+    Args:
+        tally: counts the documents, and those that are skipped.
+        read: is told of bytes as they are read, of files or, from the hub, of text.
 
     Raises:
-        RequestError: a file is missing, empty, binary or not UTF-8, or a row holds no text; it is named.
+        RequestError: a file is missing or cannot be read; `on_bad_document` is fail and a document holds no text, or so
+            does a file that is named by its own path. File and line are named.
     """
     size = 0
-    for document in _stream(config):
+    tally = tally or Tally()
+    for document in _stream(config, read):
+        if isinstance(document, Skipped):
+            if document.required or config.on_bad_document == "fail":
+                raise document.error
+            tally.skip(document)
+            continue
+        tally.take(document)
+        yield document
+        size += len(document.text.encode())
         if config.max_bytes is not None and size >= config.max_bytes:
             return
-        size += len(document.text.encode())
-        yield document
 
 
-def files_of(config: CorpusConfig) -> list[Path]:
-    """The files that `files` names, sorted, each once.
-
-    Raises:
-        ConfigError: a path or glob names none.
-    """
-    found: dict[Path, None] = {}
-    for pattern in config.files:
-        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        named = [path for path in map(Path, paths) if path.is_file()]
-        if not named:
-            raise ConfigError("data.corpus.files", pattern, "no such file")
-        found |= dict.fromkeys(named)
-    return list(found)
-
-
-def _stream(config: CorpusConfig) -> Iterable[Document]:
+def _stream(config: CorpusConfig, read: Read) -> Iterator[Document | Skipped]:
     if config.source == "python_stdlib":
-        return _python_files(_standard_library())
+        return python_files(standard_library(), read)
+    if config.source == "hub":
+        assert config.name is not None  # `check` has seen to it
+        return hub_rows(config.name, config.subset, config.split, config.revision, config.text_column, read)
+    files = find_files(config.files)
     if config.source == "text":
-        return _text_files(files_of(config))
-    return _rows(config)
+        return text_files(files, read)
+    rows = json_rows if config.source == "json" else parquet_rows
+    return rows(files, config.text_column, read)
 
 
-def _standard_library() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    unwanted = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return sorted(p for p in root.rglob("*.py") if not unwanted & set(p.relative_to(root).parts))
-
-
-def _python_files(paths: list[Path]) -> Iterator[Document]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in paths:
-        with tokenize.open(path) as file:  # honours a coding cookie
-            text = file.read()
-        if text.strip():
-            yield Document(path.relative_to(root).parts[0], text)
-
-
-def _text_files(paths: list[Path]) -> Iterator[Document]:
-    # named from the folder that holds them all: a corpus that is moved is split as before
-    root = os.path.commonpath([path.absolute().parent for path in paths])
-    for path in paths:
-        if not path.stat().st_size:
-            raise ConfigError("data.corpus.files", str(path), "is empty")
-        for text in _pieces(path):
-            if text.strip():
-                yield Document(os.path.relpath(path.absolute(), root), text)
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    """A file's text, in pieces of whole lines, however large it is."""
-    decoder, held, number = codecs.getincrementaldecoder("utf-8")(), "", 1
-    with path.open("rb") as file:
-        while line := file.readline(PIECE):
-            if b"\0" in line:
-                raise ConfigError("data.corpus.files", str(path), f"is binary (a zero byte in line {number})")
-            try:
-                held += decoder.decode(line)
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    "data.corpus.files", str(path), f"line {number} is not UTF-8 ({error.reason})"
-                ) from error
-            number += line.endswith(b"\n")
-            if len(held) >= PIECE:
-                yield held
-                held = ""
-    try:
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise ConfigError("data.corpus.files", str(path), f"line {number} is not UTF-8 ({error.reason})") from error
-    yield held
-
-
-def _rows(config: CorpusConfig) -> Iterator[Document]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
-
-    key = "data.corpus.name" if config.source == "hub" else "data.corpus.files"
-    value = config.name if config.source == "hub" else config.files
-    try:
-        if config.source == "hub":
-            rows = load_dataset(
-                config.name, config.subset, split=config.split, revision=config.revision, streaming=True
-            )
-        else:
-            paths = [str(path) for path in files_of(config)]
-            _refuse_unreadable(paths, config.source)
-            rows = load_dataset(config.source, data_files=paths, split="train", streaming=True)
-        for row in rows:
-            yield _row(row, config.text_column)
-    except RequestError:
-        raise
-    except (DatasetsError, ArrowException, OSError, ValueError) as error:
-        # the library's own kinds of errors for what it cannot find, reach or parse
-        raise ConfigError(key, value, f"cannot be read as {config.source}: {one_line(error)}") from error
-
-
-def _refuse_unreadable(paths: list[str], source: str) -> None:
-    """Name the file and line that the JSON reader would only call a parse error."""
-    for path in paths:
-        if not Path(path).stat().st_size:
-            raise ConfigError("data.corpus.files", path, "is empty")
-        if source == "json":
-            for _ in _pieces(Path(path)):
-                pass
-
-
-def _row(row: dict[str, Any], column: str) -> Document:
-    if column not in row:
-        hint = nearest(column, list(row))
-        raise ConfigError("data.corpus.text_column", column, f"must be one of {', '.join(row)}{hint}")
-    text = row[column]
-    if not isinstance(text, str):
-        raise ConfigError("data.corpus.text_column", column, f"holds a {type(text).__name__}, not text")
-    return Document(hashlib.sha256(text.encode()).hexdigest()[:16], text)
+def _paths(config: CorpusConfig) -> list[Path]:
+    if config.source == "hub":
+        return []
+    return standard_library() if config.source == "python_stdlib" else [file.path for file in find_files(config.files)]
 
 
 def _place(group: str) -> float:
@@ -235,9 +202,12 @@ def _place(group: str) -> float:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8]) / 2**64
 
 
-def _identity(config: CorpusConfig) -> str:
+def _identity(config: CorpusConfig, paths: list[Path]) -> str:
     """What must not have changed for a survey to hold: the settings, and each file's size and time of change."""
-    parts: list[Any] = [dataclasses.asdict(config) | {"held_out_fraction": None}]
+    settings = dataclasses.asdict(config) | {"held_out_fraction": None}
+    if config.on_bad_document == "skip":
+        del settings["on_bad_document"]  # surveys made before there was this setting hold
+    parts: list[Any] = [settings]
     if config.source == "hub":
         from datasets import load_dataset_builder
         from datasets.exceptions import DatasetsError
@@ -249,7 +219,6 @@ def _identity(config: CorpusConfig) -> str:
             raise ConfigError("data.corpus.name", config.name, f"cannot be loaded: {reason}") from error
         parts.append(builder.cache_dir)  # names the version and the hash of the data files
     else:
-        paths = _standard_library() if config.source == "python_stdlib" else files_of(config)
         parts += [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         parts.append(sys.version if config.source == "python_stdlib" else "")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -10,13 +10,10 @@
 import dataclasses
 import hashlib
 import json
-import logging
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +21,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from gsa.data.corpus import CorpusConfig, Document, Survey, documents, survey
+from gsa.data.corpus import FOR_ALL, CorpusConfig, remembered, survey
+from gsa.data.tokenized import SURVEY, ChangedError, token_type, write_copy
 from gsa.data.tokenizer import Tokenizer, TokenizerConfig
 from gsa.errors import ConfigError
 from gsa.settings import setting
 
-logger = logging.getLogger(__name__)
-
 FORMAT = "gsa-tokens-1"
 COPY = re.compile("[0-9a-f]{24}")  # the name of a tokenized copy's folder
-SURVEY = "survey.json"  # file of a tokenized copy: what text it holds
-BATCH_BYTES = 1 << 20  # text encoded at once
 
 
 @dataclasses.dataclass
@@ -150,7 +144,7 @@ def prepare(config: DataConfig, cache: Path) -> Prepared:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     splits = []
     for split in ("train", "held_out"):
-        tokens = np.memmap(folder / f"{split}.bin", dtype=_dtype(tokenizer), mode="r")
+        tokens = np.memmap(folder / f"{split}.bin", dtype=token_type(tokenizer), mode="r")
         windows = Windows(tokens, tokenizer.start, config)
         if not len(windows):
             name = "training" if split == "train" else "held-out"
@@ -202,52 +196,11 @@ def _tokenized(config: DataConfig, cache: Path) -> str:
     key = _key(found.digest, config)
     folder = cache / key
     if not folder.exists():
-        with FileLock(cache / f"{key}.lock"):
+        with FileLock(cache / f"{key}.lock", mode=FOR_ALL):
             if not folder.exists():
-                _tokenize(config, found, folder)
+                try:
+                    write_copy(config.corpus, config.tokenizer, found, folder)
+                except ChangedError:
+                    remembered(config.corpus, cache / "surveys").unlink(missing_ok=True)
+                    raise
     return key
-
-
-def _tokenize(config: DataConfig, found: Survey, folder: Path) -> None:
-    logger.info("tokenizing %d documents, %.1f MB", found.documents, found.bytes / 1e6)
-    fraction = config.corpus.held_out_fraction
-    tokenizer = Tokenizer.train(config.tokenizer, _training_text(config, found))
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    tokenizer.save(unfinished / "tokenizer.json")
-    (unfinished / SURVEY).write_text(json.dumps(dataclasses.asdict(found)), encoding="utf-8")
-    with (unfinished / "train.bin").open("wb") as train, (unfinished / "held_out.bin").open("wb") as held_out:
-        for batch in _batches(documents(config.corpus)):
-            encoded = tokenizer.encode_batch([document.text for document in batch])
-            for document, tokens in zip(batch, encoded, strict=True):
-                target: BinaryIO = held_out if found.held_out(document.group, fraction) else train
-                target.write(np.array([tokenizer.start, *tokens], dtype=_dtype(tokenizer)).tobytes())
-    unfinished.rename(folder)
-
-
-def _training_text(config: DataConfig, found: Survey) -> Iterator[str]:
-    size = 0
-    for document in documents(config.corpus):
-        if size >= config.tokenizer.train_bytes:
-            return
-        if not found.held_out(document.group, config.corpus.held_out_fraction):
-            size += len(document.text)
-            yield document.text
-
-
-def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in stream:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
-    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32

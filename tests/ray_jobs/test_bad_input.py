@@ -108,9 +108,14 @@ def test_wrong_text(files: Path, capsys: pytest.CaptureFixture[str], content: by
     (files / "bad.txt").write_bytes(content)
     for command, prefix in (("train", ""), ("sweep", "train.")):
         override = f"{prefix}data.corpus.files=[{files}/bad.txt, {files}/text/0.txt]"
-        line = refused(capsys, command, str(files / f"{command}.yaml"), override)
-        assert words in line
-        assert "bad.txt" in line
+        # among a glob's, an empty file alone is no reason
+        among = f"{prefix}data.corpus.files=['{files}/*.txt', '{files}/text/*.txt']"
+        rule = f"{prefix}data.corpus.on_bad_document={'skip' if content else 'fail'}"
+        for overrides in ([override], [among, rule]):
+            line = refused(capsys, command, str(files / f"{command}.yaml"), *overrides)
+            assert words in line
+            assert "bad.txt" in line
+    assert not started(files)
 
 
 @pytest.mark.parametrize(

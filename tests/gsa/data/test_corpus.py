@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gsa.data import corpus
+from gsa.data import corpus, reading
 from gsa.data.corpus import CorpusConfig, Survey, documents, survey
 from gsa.errors import ConfigError
 from gsa.settings import check
@@ -28,7 +28,7 @@ def test_text_files_come_whole_and_once_each(draw: Draw, tmp_path: Path) -> None
 
 def test_a_long_file_comes_in_pieces_of_one_group(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = write_files(tmp_path, draw.random.randrange(1000), files=1, lines=300)
-    monkeypatch.setattr(corpus, "PIECE", draw.random.randint(3, 500))
+    monkeypatch.setattr(reading, "PIECE", draw.random.randint(3, 500))
     found = list(documents(CorpusConfig("text", [path])))
     assert len(found) > 1
     assert len({d.group for d in found}) == 1
@@ -116,7 +116,7 @@ def test_a_survey_is_remembered_until_a_file_changes(draw: Draw, tmp_path: Path)
 def test_bad_text_is_refused_by_file_and_line(tmp_path: Path, content: bytes, words: str) -> None:
     for source in ("text", "json"):
         path = tmp_path / f"bad.{source}"
-        path.write_bytes(content)
+        path.write_bytes(content.replace(b"ok", b'{"text": "ok"}') if source == "json" else content)
         with pytest.raises(ConfigError) as refused:
             survey(CorpusConfig(source, [str(path)]), tmp_path)
         assert words in str(refused.value)
@@ -129,7 +129,7 @@ def test_bad_text_is_refused_by_file_and_line(tmp_path: Path, content: bytes, wo
         (CorpusConfig("text", ["missing.txt"]), "missing.txt"),
         (CorpusConfig("text", ["no/*.match"]), "no/*.match"),
         (CorpusConfig("parquet", [__file__]), "parquet"),
-        (CorpusConfig("json", [__file__]), "json"),
+        (CorpusConfig("json", [__file__]), "line 1 is not JSON"),
         (CorpusConfig("hub", name="./no-such-dataset"), "no-such-dataset"),
         (CorpusConfig("text", [__file__]), "at least two"),
     ],
@@ -146,7 +146,7 @@ def test_a_mistyped_column_is_refused_with_the_nearest(tmp_path: Path) -> None:
     path.write_text('{"content": "a", "number": 1}\n{"content": "b", "number": 2}\n')
     with pytest.raises(ConfigError, match="did you mean 'content'"):
         survey(CorpusConfig("json", [str(path)], text_column="contnt"), tmp_path)
-    with pytest.raises(ConfigError, match="holds a int"):
+    with pytest.raises(ConfigError, match="line 1: number holds int, not text"):
         survey(CorpusConfig("json", [str(path)], text_column="number"), tmp_path)
 
 
