@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from gsa.config import TrainConfig, assign, build, field_of, flatten, lookup
+from gsa.config import TrainConfig, assign, build, flatten, lookup
 from gsa.errors import ConfigError, RequestError
+from gsa.schema import field_of
 from gsa.settings import nearest
 from gsa.tracking import Tracking
 from ray_jobs.objectives import Aims
