@@ -15,6 +15,7 @@ values: all of them, where the condition names several layers. With `[*]` in bot
 """
 
 import copy
+import dataclasses
 import json
 import re
 from typing import Any
@@ -49,7 +50,8 @@ class Space:
     def __init__(self, space: dict[str, Any], base: dict[str, Any]) -> None:
         if not space:
             raise ConfigError("space", space, "must name at least one setting to search")
-        self.base, self.config = base, build(TrainConfig, copy.deepcopy(base))
+        self.config = build(TrainConfig, copy.deepcopy(base))
+        self.base = dataclasses.asdict(self.config)
         self.dimensions: list[Dimension] = []
         for key, given in space.items():
             new = self._parse(key, given)
