@@ -27,9 +27,7 @@ def stored_sweep(tracking: Tracking, run_id: str) -> StoredSweep:
     try:
         config = plain.parse(tracking.read_text(run_id, "config.yaml"), unquoted=True)
     except plain.PlainError as error:
-        raise RequestError(
-            f"run {run_id}: its config.yaml is not YAML that can be read as settings ({error})"
-        ) from error
+        raise RequestError(f"run {run_id}: its config.yaml cannot be read as settings ({error})") from error
     if not isinstance(config, dict):
         raise _wrong(run_id, f"it holds {_kind(config)}, not settings")
     for key, absent in (("train", None), ("space", {})):

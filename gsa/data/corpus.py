@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gsa.errors import ConfigError, RequestError, one_line
+from gsa.paths import of_user
 from gsa.settings import nearest, setting
 
 SOURCES = ("python_stdlib", "text", "json", "parquet", "hub")
@@ -119,7 +120,9 @@ def files_of(config: CorpusConfig) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in config.files:
-        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        pattern = of_user(pattern)
+        there = os.path.exists(pattern)  # a file of that very name, a[1].txt for example
+        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) and not there else [pattern]
         named = [path for path in map(Path, paths) if path.is_file()]
         if not named:
             raise ConfigError("data.corpus.files", pattern, "no such file")

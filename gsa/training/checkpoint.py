@@ -25,6 +25,7 @@ from gsa import plain
 from gsa.data.tokenizer import Tokenizer
 from gsa.errors import ConfigError, RequestError, RunError, one_line
 from gsa.model import GSAForCausalLM
+from gsa.paths import of_user
 from gsa.store import TrackingConfig
 from gsa.training.agreement import difference
 from gsa.training.steps import PREFIX, steps
@@ -209,7 +210,7 @@ def find(source: str | Path, tracking: TrackingConfig | None = None, storage: st
 
         store = open_store(tracking or TrackingConfig(), storage)
         source = store.download(str(source).removeprefix("runs:/"), "checkpoint")
-    folder = Path(source)
+    folder = Path(of_user(str(source)))
     with contextlib.suppress(OSError, ValueError):  # what no path can be, `open` refuses
         if not (folder / "checkpoint.json").exists() and steps(folder):
             folder = steps(folder)[-1]
