@@ -1,6 +1,7 @@
 """Settings: YAML files and `key=value` overrides become checked dataclasses.
 
-- A file is parsed by `gsa.plain`, then merged by OmegaConf into the dataclasses that stand beside the code they set.
+- A file is parsed by `gsa.plain`, `gsa.typed` makes its values of their settings' types, and OmegaConf merges them into
+  the dataclasses that stand beside the code they set.
 - `include: other.yaml` in any mapping starts that mapping from another file's content.
 - Keys are dotted; `model.layers[2].k` names one layer's setting. `[0:2]`, `[0,3:5,7]`, `[*]` and the thirds
   `[first]`, `[middle]` and `[last]` name several layers' at once.
@@ -12,25 +13,29 @@ import functools
 import json
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gsa import plain
 from gsa.data.packing import DataConfig
-from gsa.errors import ConfigError, RequestError, one_line
+from gsa.errors import ConfigError, RequestError
 from gsa.evaluation.loss import EvaluationConfig
 from gsa.model import MOST_LAYERS, ModelConfig
+from gsa.paths import of_user
+from gsa.scalars import resolved
+from gsa.schema import Schema, declared, element_type, hints_of, parts_of
 from gsa.settings import check, join, nearest, setting
 from gsa.store import TrackingConfig
 from gsa.training.loop import TrainingConfig
 from gsa.training.workers import WorkersConfig
+from gsa.typed import conform
 
 
 @dataclasses.dataclass
@@ -39,7 +44,7 @@ class TrainConfig:
 
     name: str = setting("train", "name of the run and of its folder under storage")
     storage: str = setting("runs", "folder for runs, checkpoints and caches; shared by all nodes of a cluster")
-    seed: int = setting(0, "seed of the initial values and of the order of the data", ge=0)
+    seed: int = setting(0, "seed of the initial values and of the order of the data", ge=0, le=2**64 - 1)
     model: ModelConfig = setting(ModelConfig, "the decoder")
     data: DataConfig = setting(DataConfig, "text, tokenizer and packing")
     training: TrainingConfig = setting(TrainingConfig, "stages, optimizer and checkpoints")
@@ -68,30 +73,63 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         RequestError: the file is missing, is not YAML, or holds an unknown key (the nearest
             one is suggested), a value of the wrong type, or one out of bounds.
     """
-    return build(TrainConfig, read_yaml(Path(path)), overrides or [])
+    data = read_yaml(Path(path))
+    refuse_other_kind(Path(path), data, "train")
+    return build(TrainConfig, data, overrides or [])
 
 
-Schema = type[Any]
+# the settings at the top of each kind of file that no other kind has
+KINDS = {
+    "sweep": {"space", "train"},
+    "train": {"model", "data", "training", "evaluation", "tracking", "workers"},
+    "model": {field.name for field in dataclasses.fields(ModelConfig)},
+}
+
+
+def refuse_other_kind(path: Path, data: dict[str, Any], wanted: str) -> None:
+    """Say what a file is for where it is not of the kind that is `wanted`.
+
+    Raises:
+        RequestError: it is of another one of `KINDS`.
+    """
+    if KINDS[wanted] & data.keys():
+        return
+    for kind, keys in KINDS.items():
+        if found := [key for key in data if key in keys]:
+            name = shlex.quote(_shown(path))
+            use = f"model: {{include: {name}}} in a training run's" if kind == "model" else f"gsa {kind} {name}"
+            what = {"sweep": "a sweep's", "train": "a training run's", "model": "a model's"}[kind]
+            raise RequestError(f"{_shown(path)}: is {what} configuration (it has {found[0]!r}): {use}")
+
+
 T = TypeVar("T")
 
 
 def build(schema: type[T], data: dict[str, Any], overrides: list[str] | None = None) -> T:
-    """Merge plain data and overrides into a settings dataclass and check it."""
+    """Merge plain data and overrides into a settings dataclass and check it.
+
+    Raises:
+        RequestError: as `load_config`.
+    """
     # those that name layers last: how many there are may be among the others
     for key, value in sorted(map(parse_override, overrides or []), key=lambda pair: "[" in pair[0]):
         assign(schema, data, key, value)
-    _check_keys(schema, data, "")
+    data = conform(schema, data)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), data))
-    except OmegaConfBaseException as error:
+        config = OmegaConf.to_object(OmegaConf.merge(_structured(schema), data))
+    except OmegaConfBaseException as error:  # nothing is left for it to refuse; its words would mean nothing to a user
         key = error.full_key or "configuration"
-        raise ConfigError(key, lookup(data, key), one_line(error.msg or error)) from error
+        raise ConfigError(key, lookup(data, key), "cannot be taken as a setting") from error
     check(config)
     return typing.cast(T, config)
 
 
+# the defaults of a schema: to make them takes most of the time that `build` would take
+_structured: Callable[[Any], Any] = functools.cache(OmegaConf.structured)
+
+
 def replaced(config: T, settings: dict[str, Any]) -> T | None:
-    """A checked configuration with some settings replaced, in a hundredth of the time that `build` takes.
+    """A checked configuration with some settings replaced, in a fraction of the time that `build` takes.
 
     Returns:
         What `build` would make of it; None where a value is not yet of its setting's type, or a setting has settings of
@@ -102,7 +140,7 @@ def replaced(config: T, settings: dict[str, Any]) -> T | None:
     """
     changed = copy.deepcopy(config)
     for key, value in settings.items():
-        *path, last = _parts(key)
+        *path, last = parts_of(key)
         owner: Any = changed
         hint: Any = type(changed)
         for part in path:
@@ -111,16 +149,13 @@ def replaced(config: T, settings: dict[str, Any]) -> T | None:
                 owner.extend(hint() for _ in range(part + 1 - len(owner)))
                 owner = owner[part]
             else:
-                hint = _hints(type(owner)).get(part)
+                hint = hints_of(type(owner)).get(part)
                 owner = getattr(owner, part, None)
-        if not isinstance(last, str) or not _is_of(value, _hints(type(owner)).get(last)):
+        if not isinstance(last, str) or not _is_of(value, hints_of(type(owner)).get(last)):
             return None
         setattr(owner, last, value)
     check(changed)
     return changed
-
-
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -133,30 +168,37 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`, which stays as it was written until `build` where it is unquoted."""
     key, separator, value = text.partition("=")
-    if not separator or not _parts(key.strip()):
-        raise RequestError(f"override {text!r}: must be key=value, for example training.learning_rate=1e-3")
+    if not separator or not parts_of(key.strip()):
+        raise RequestError(f"override {text!r}: must be key=value, for example training.optimizer.learning_rate=1e-3")
     try:
-        return key.strip(), plain.parse(value)
+        return key.strip(), plain.parse(value, unquoted=True)
     except plain.PlainError as error:
         raise ConfigError(key, value, f"is not a YAML value ({error})") from error
 
 
 def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file as plain data, with every `include` resolved relative to the file that names it."""
-    path = path.resolve()
+    """A YAML file as plain data, with every `include` resolved relative to the file that names it.
+
+    What is unquoted stays as it was written until `build` (`gsa.scalars`).
+
+    Raises:
+        RequestError: the file or one that it includes is missing, cannot be read, or is not YAML.
+    """
+    path = Path(of_user(str(path))).resolve()
     if path in _including:
         raise RequestError(f"{path}: includes itself through {_including[-1].name}")
     try:
-        data = plain.parse(plain.read_text(path))
+        data = plain.parse(plain.read_text(path), unquoted=True)
     except FileNotFoundError:
         raise RequestError(f"{_shown(path)}: no such configuration file") from None
     except plain.PlainError as error:
-        raise RequestError(f"{_shown(path)}: is not YAML that is taken ({error})") from error
+        raise RequestError(f"{_shown(path)}: is not YAML that can be read as settings ({error})") from error
     except (OSError, ValueError) as error:
         raise RequestError(f"{_shown(path)}: cannot be read as text ({error})") from error
     if not isinstance(data, dict):
-        raise RequestError(f"{_shown(path)}: must hold a mapping of settings, not {type(data).__name__}")
+        raise RequestError(f"{_shown(path)}: must hold a mapping of settings, not {_kind(resolved(data))}")
     return typing.cast(dict[str, Any], _resolve_includes(data, path, (*_including, path)))
 
 
@@ -171,8 +213,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def assign(schema: Schema, data: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in plain data, in place; brackets name layers as `expand` says."""
-    for concrete in expand(schema, data, key):
-        _assign_one(data, _parts(concrete), value, concrete)
+    concretes = expand(schema, data, key)
+    declared(schema, key)  # here the whole key is known, for a better hint
+    for concrete in concretes:
+        _assign_one(data, parts_of(concrete), value, concrete)
 
 
 THIRDS = ("first", "middle", "last")
@@ -194,7 +238,7 @@ def expand(schema: Schema, data: dict[str, Any], key: str) -> list[str]:
     if not re.search(r"(^|\.)layers$", key[: found.start()]):
         raise ConfigError(key, found.group(), "only model.layers takes [*], [a:b], [a,b] and [first]")
     count_key = key[: found.start()].removesuffix("layers") + "num_layers"
-    length = lookup(data, count_key)
+    length = resolved(lookup(data, count_key))
     if length is None:
         length = ModelConfig().num_layers
     if not isinstance(length, int) or isinstance(length, bool):
@@ -228,7 +272,7 @@ def _chosen(key: str, selector: str, length: int) -> list[int]:
 
 def lookup(data: Any, key: str) -> Any:
     """The value at a dotted key of plain data or of a settings dataclass, `None` where there is none."""
-    for part in _parts(key):
+    for part in parts_of(key):
         if dataclasses.is_dataclass(data):
             data = getattr(data, str(part), None)
         elif isinstance(data, dict):
@@ -238,35 +282,6 @@ def lookup(data: Any, key: str) -> Any:
         else:
             return None
     return data
-
-
-def field_of(schema: Schema, key: str) -> "dataclasses.Field[Any]":
-    """The declaration of the setting that a key (with or without indices) names.
-
-    Raises:
-        ConfigError: no such setting; the nearest one is suggested.
-    """
-    current: Any = schema
-    field: dataclasses.Field[Any] | None = None
-    walked = ""
-    for part in (p for p in _parts(re.sub(r"\[[^\]]*\]", "", key)) if isinstance(p, str)):
-        known = {f.name: f for f in dataclasses.fields(current)} if dataclasses.is_dataclass(current) else {}
-        if part not in known:
-            owner = typing.cast(Schema, current) if known else schema
-            raise _unknown(join(walked, part), part, owner, list(known))
-        field, walked = known[part], join(walked, part)
-        current = element_type(typing.get_type_hints(current)[part])
-    if field is None:
-        raise RequestError("an empty key names no setting")
-    return field
-
-
-def element_type(hint: Any) -> Any:
-    """The type under `list[...]` and `... | None`."""
-    arguments = [a for a in typing.get_args(hint) if a is not types.NoneType]
-    if typing.get_origin(hint) in (list, typing.Union, types.UnionType) and arguments:
-        return element_type(arguments[0])
-    return hint
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -286,7 +301,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A settings dataclass as YAML that `read_yaml` and `build` turn back into an equal one."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return plain.dump(dataclasses.asdict(config))
 
 
 def _resolve_includes(data: Any, path: Path, including: tuple[Path, ...]) -> Any:
@@ -297,56 +312,9 @@ def _resolve_includes(data: Any, path: Path, including: tuple[Path, ...]) -> Any
     own = {key: _resolve_includes(value, path, including) for key, value in data.items() if key != "include"}
     if "include" not in data:
         return own
-    if not isinstance(data["include"], str) or "\0" in data["include"]:
-        raise ConfigError("include", data["include"], f"must be the path of a YAML file (in {_shown(path)})")
-    return merge(read_yaml(path.parent / data["include"], including), own)
-
-
-def _check_keys(schema: Schema, data: Any, prefix: str) -> None:
-    if isinstance(data, list):
-        for i, item in enumerate(data):
-            _check_keys(schema, item, f"{prefix}[{i}]")
-        return
-    if not isinstance(data, dict):
-        return
-    hints = typing.get_type_hints(schema)
-    for key, value in data.items():
-        full_key = join(prefix, str(key))
-        if value == MISSING:
-            raise ConfigError(full_key, value, "is a value that is still missing")
-        if key not in hints:
-            raise _unknown(full_key, str(key), schema, list(hints))
-        inner, several = element_type(hints[key]), typing.get_origin(hints[key]) is list
-        if several and not isinstance(value, list):
-            raise ConfigError(full_key, value, "must be a list")
-        if dataclasses.is_dataclass(inner):
-            for i, item in enumerate(value if several else [value]):
-                if not isinstance(item, dict) and (item is not None or hints[key] == inner or several):
-                    shown = f"{full_key}[{i}]" if several else full_key
-                    raise ConfigError(shown, item, "must be a mapping of settings")
-            _check_keys(typing.cast(Schema, inner), value, full_key)
-
-
-def _unknown(full_key: str, word: str, schema: Schema, known: list[str]) -> RequestError:
-    hint = nearest(word, known) or nearest(full_key, all_keys(schema, full_key.removesuffix(word).rstrip(".")))
-    listed = f"; known here: {', '.join(known)}" if known and not hint else ""
-    return RequestError(f"{full_key}: no such setting{hint}{listed}")
-
-
-def all_keys(schema: Schema, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in typing.get_type_hints(schema).items():
-        inner = element_type(hint)
-        nested = dataclasses.is_dataclass(inner)
-        keys += all_keys(typing.cast(Schema, inner), join(prefix, name)) if nested else [join(prefix, name)]
-    return keys
-
-
-def _parts(key: str) -> list[str | int]:
-    parts: list[str | int] = []
-    for name, index in re.findall(r"([^.\[\]]+)|\[([^\]]*)\]", key):
-        parts.append(name or (int(index) if index.isdecimal() else index))
-    return parts
+    if not isinstance(resolved(data["include"]), str) or "\0" in data["include"]:
+        raise ConfigError("include", resolved(data["include"]), f"must be the path of a YAML file (in {_shown(path)})")
+    return merge(read_yaml(path.parent / of_user(data["include"]), including), own)
 
 
 def _assign_one(data: Any, parts: list[str | int], value: Any, key: str) -> None:
@@ -362,7 +330,7 @@ def _assign_one(data: Any, parts: list[str | int], value: Any, key: str) -> None
         if following is None:
             data[part] = value
             return
-        if isinstance(part, str) and data.get(part) is None:
+        if isinstance(part, str) and resolved(data.get(part)) is None:
             data[part] = [] if isinstance(following, int) else {}
         data = data[part]
 
@@ -373,3 +341,7 @@ def _index(text: str) -> int | None:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path)
+
+
+def _kind(data: Any) -> str:
+    return {type(None): "nothing", list: "a list"}.get(type(data), repr(data)[:40])

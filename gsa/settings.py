@@ -8,10 +8,12 @@ Each part of the project declares its settings in a dataclass beside its code, w
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from gsa.errors import ConfigError
+
+LARGEST = 2**63 - 1  # integer that torch, NumPy and databases take
 
 
 def setting(
@@ -23,19 +25,24 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     choices: Iterable[str] | None = None,
+    read: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Any:
     """One field of a settings dataclass: its default, its meaning and its bounds.
 
     Args:
         default: the value, or a callable (a dataclass, `list`, a lambda) that makes it.
         doc: what it sets, with its unit.
-        ge, gt, le, lt: numeric bounds, of the value or of every element of a list.
+        ge, gt, le, lt: numeric bounds, of the value or of every element of a list. Whole numbers are also within
+            ±`LARGEST`, unless `le` says more.
         choices: the allowed strings, of the value or of every element of a list.
+        read: makes plain data of what a mapping that may hold anything was given as, by the setting's key and its
+            value, which may hold `gsa.scalars.Unquoted`.
     """
     metadata = {
         "doc": doc,
         "bounds": {"ge": ge, "gt": gt, "le": le, "lt": lt},
         "choices": None if choices is None else tuple(choices),
+        "read": read,
     }
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -67,9 +74,11 @@ def check_value(field: "dataclasses.Field[Any]", key: str, value: Any) -> None:
         raise ConfigError(key, value, f"must be one of {', '.join(choices)}{nearest(str(value), choices)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(key, value, "must be a finite number")
     bounds = field.metadata.get("bounds", {})
+    if isinstance(value, int):
+        bounds = {"ge": -LARGEST, "le": LARGEST} | {name: bound for name, bound in bounds.items() if bound is not None}
     for name, sign, holds in _COMPARISONS:
         bound = bounds.get(name)
         if bound is not None and not holds(value, bound):

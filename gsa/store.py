@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from gsa import paths
 from gsa.errors import RequestError
 from gsa.settings import setting
 
@@ -30,7 +31,8 @@ class TrackingConfig:
 
 def store_uri(config: TrackingConfig, storage: str | Path) -> str:
     """The tracking URI: the configured one, `MLFLOW_TRACKING_URI`, or SQLite in the storage folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    given = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return paths.absolute_uri(given) if given else paths.sqlite_uri(Path(storage).resolve() / "mlflow.db")
 
 
 def refuse_unreachable(uri: str) -> None:

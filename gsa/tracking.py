@@ -26,6 +26,7 @@ from mlflow.utils.rest_utils import http_request, verify_rest_response
 from sqlalchemy.exc import SQLAlchemyError
 
 from gsa.errors import RequestError, one_line
+from gsa.paths import database_of
 from gsa.spool import Row, of_system
 from gsa.store import TrackingConfig, refuse_unreachable, store_uri
 
@@ -248,7 +249,8 @@ def open_store(config: TrackingConfig, storage: str | Path) -> Tracking:
         RequestError: there is no store, or it cannot be reached.
     """
     uri = store_uri(config, storage)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    database = database_of(uri)
+    if database is not None and not database.exists():
         raise RequestError(f"{uri}: no runs are stored there; --storage or --tracking-uri name another place")
     return connect(config, storage)
 
@@ -260,8 +262,8 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
         RequestError: the store cannot be reached.
     """
     uri, artifacts = store_uri(config, storage), None
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///"))
+    database = database_of(uri)
+    if database is not None:
         artifacts = (database.parent / "artifacts").as_uri()
         try:
             database.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gsa.errors import InfrastructureError, RequestError, RunError
+from gsa.paths import of_user, sqlite_uri
 from ray_jobs.signals import Saved, interrupt, stops_go_to
 from ray_jobs.streams import Stream
 
@@ -32,11 +33,19 @@ console = Console(file=cast(TextIO, Stream("stdout")))
 errors = Console(file=cast(TextIO, Stream("stderr")))
 LINE = 1000  # characters of an error
 
-Config = Annotated[Path, typer.Argument(help="YAML file of the configuration", metavar="CONFIG", show_default=False)]
-Sweep = Annotated[Path | None, typer.Argument(help="YAML file of the sweep", metavar="CONFIG")]
+
+def _path(text: str | Path) -> Path:
+    """A path as a user writes it; no shell fills in `~` in `--option=~/file`."""
+    return Path(of_user(str(text)))
+
+
+Config = Annotated[
+    Path, typer.Argument(parser=_path, help="YAML file of the configuration", metavar="CONFIG", show_default=False)
+]
+Sweep = Annotated[Path | None, typer.Argument(parser=_path, help="YAML file of the sweep", metavar="CONFIG")]
 Resume = Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to replace", metavar="[key=value]...")]
-Storage = Annotated[Path, typer.Option(help="folder of runs, checkpoints and caches")]
+Storage = Annotated[Path, typer.Option(parser=_path, metavar="PATH", help="folder of runs, checkpoints and caches")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: SQLite in the storage folder")]
 Address = Annotated[
     str, typer.Option(envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="http://HOST:PORT of the head's dashboard")
@@ -100,7 +109,9 @@ def submit(
     overrides: Overrides = None,
     resume: Resume = None,
     address: Address = "http://127.0.0.1:8265",
-    working_dir: Annotated[Path, typer.Option(help="folder that is uploaded: the project's root")] = Path("."),
+    working_dir: Annotated[
+        Path, typer.Option(parser=_path, metavar="PATH", help="folder that is uploaded: the project's root")
+    ] = Path("."),
     wait: Annotated[bool, typer.Option(help="follow the job's output to its end")] = True,
     storage: Annotated[str, typer.Option(help="with --resume: the cluster's folder of runs")] = "runs",
 ) -> None:
@@ -132,8 +143,12 @@ def submit(
 def report(
     sweep: Annotated[str, typer.Argument(help="name of the sweep", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page with plots, one file")] = None,
-    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="write a table of all trials")] = None,
+    html: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="write a page with plots, one file")
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="write a table of all trials")
+    ] = None,
     optuna: Annotated[
         str | None, typer.Option(metavar="URL|FILE", help="write an Optuna study, to a database or a journal")
     ] = None,
@@ -230,7 +245,7 @@ def move(
 
     if not uri:
         raise RequestError("tracking.uri = '': must be sqlite:///PATH, http://HOST or https://HOST")
-    database = f"sqlite:///{storage.resolve() / 'mlflow.db'}"  # whatever MLFLOW_TRACKING_URI names
+    database = sqlite_uri(storage.resolve() / "mlflow.db")  # whatever MLFLOW_TRACKING_URI names
     source = open_store(TrackingConfig(database), storage)
     if uri == database:
         raise RequestError(f"{uri}: is the store of {storage} itself")
@@ -244,8 +259,14 @@ def move(
 @app.command(epilog="Example: `gsa doctor --cluster cluster.yaml --sweep configs/sweep/quickstart.yaml`")
 def doctor(
     storage: Storage = Path("runs"),
-    cluster: Annotated[Path | None, typer.Option(help="check this file of `ray up` or KubeRay, with no cloud")] = None,
-    sweep: Annotated[list[Path] | None, typer.Option(help="with --cluster: can it run there? may be repeated")] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="check this file of `ray up` or KubeRay, with no cloud"),
+    ] = None,
+    sweep: Annotated[
+        list[Path] | None,
+        typer.Option(parser=_path, metavar="PATH", help="with --cluster: can it run there? may be repeated"),
+    ] = None,
 ) -> None:
     """What this machine, or a cluster that is not there yet, can and cannot do, and why."""
     from ray_jobs.doctor import examine, examine_cluster
@@ -311,7 +332,10 @@ def bench(
 @app.command(epilog="Example: `gsa propose 2f0c… --out configs/sweep/layers.yaml`")
 def propose(
     run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="YAML file; default: proposals/NAME-layers.yaml in storage")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="YAML file; default: proposals/NAME-layers.yaml in storage"),
+    ] = None,
     max_dimensions: Annotated[int, typer.Option(min=1, help="dimensions of the space, over all settings")] = 6,
     json: Annotated[bool, typer.Option("--json", help="print JSON; write YAML only with --out")] = False,
     storage: Storage = Path("runs"),

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.exc import SQLAlchemyError
 
 from gsa.errors import RequestError
+from gsa.paths import absolute_uri, of_user
 from gsa.tracking import Tracking
 from ray_jobs.report import Report
 from ray_jobs.reporting.study import entry_of, read_space
@@ -93,11 +94,11 @@ def export_study(tracking: Tracking, report: Report, target: str) -> None:
 
 def _storage(target: str) -> BaseStorage:
     if "://" in target:
-        return RDBStorage(target)
-    path = Path(target)
+        return RDBStorage(absolute_uri(target))
+    path = Path(of_user(target))
     if path.exists() and path.stat().st_size and not path.read_bytes()[:12].startswith(b'{"op_code"'):
         raise OSError("it is there, and is not an Optuna journal")  # which would be appended to
-    return JournalStorage(JournalFileBackend(target))
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _add_user_attrs(frozen: FrozenTrial, trial: dict[str, Any], reason: str) -> None:

@@ -16,10 +16,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from gsa import plain
 from gsa.config import TrainConfig, assign
 from gsa.errors import RequestError
 from gsa.evaluation.layers import SHARES, layer_diagnostics
@@ -150,7 +150,7 @@ def write(proposal: Proposal, config: TrainConfig, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(proposal.sweep(config), sort_keys=False), encoding="utf-8")
+        path.write_text(plain.dump(proposal.sweep(config)), encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -19,6 +19,7 @@ from ray_jobs.reporting.layers import Layer, layers_of
 from ray_jobs.reporting.study import Curve, Importances, entry_of, importances, read_space
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space
+from ray_jobs.stored import stored_params
 
 BITS = "held_out_bits_per_byte"
 CONSTRAINTS = "gsa.constraints"  # tags of a sweep's run
@@ -163,7 +164,7 @@ def _trial(run: Run, state: str, aims: Aims, dense: dict[str, float]) -> dict[st
         "violations": violations,  # by how much a constraint is broken; 0 or less where it holds
         "trial_id": tags["gsa.trial_id"],
         "state": state,
-        "params": json.loads(tags["gsa.params"]),
+        "params": stored_params(run),
         "metrics": {k: v for k, v in run.data.metrics.items() if not k.startswith("system/")},
         "run_id": run_id,
         "checkpoint": f"runs:/{run_id}" if state == "finished" else None,

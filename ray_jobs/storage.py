@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gsa import paths
 from gsa.background import every
 from gsa.config import TrainConfig
 from gsa.errors import ConfigError, InfrastructureError, RequestError
@@ -30,10 +31,16 @@ def settle(config: TrainConfig, key: str = "storage") -> None:
     """Make paths absolute, as workers stand in other folders, and see that storage can be written to.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it cannot, or something is no path.
     """
-    config.storage = os.path.abspath(config.storage)
-    config.data.corpus.files = [os.path.abspath(file) for file in config.data.corpus.files]
+    above = key.removesuffix("storage")
+    config.storage = paths.absolute(config.storage, key)
+    corpus = config.data.corpus
+    corpus.files = [paths.absolute(file, f"{above}data.corpus.files") for file in corpus.files]
+    if corpus.name is not None and corpus.source == "hub" and paths.names_folder(corpus.name):
+        corpus.name = paths.absolute(corpus.name, f"{above}data.corpus.name")
+    if config.tracking.uri is not None:
+        config.tracking.uri = paths.absolute_uri(config.tracking.uri)
     try:
         Path(config.storage).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.storage):

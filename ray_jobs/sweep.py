@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from optuna.samplers import RandomSampler
 from rich.console import Console
 
-from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, to_yaml
+from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, refuse_other_kind, to_yaml
 from gsa.data.packing import Prepared
 from gsa.errors import ConfigError, InfrastructureError, RequestError, RunError, one_line
 from gsa.evaluation.floors import bigram_bits_per_byte
@@ -37,6 +37,7 @@ from ray_jobs.budget import Budget, BudgetConfig
 from ray_jobs.capacity import worker_resources
 from ray_jobs.cluster import concurrent_runs, fleet, running, worker_memory
 from ray_jobs.confirm import ConfirmConfig, confirmations
+from ray_jobs.dimensions import read_space
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.nested import begin, release_all, release_dead
@@ -77,7 +78,7 @@ DENSE = {"model.attention.sparse": False, "model.attention.gates.places": [], "m
 class SweepConfig:
     name: str = setting("sweep", "name of the sweep and of its folder; the default is the file's stem")
     train: TrainConfig = setting(TrainConfig, "the training run that each trial varies")
-    space: dict[str, Any] = setting(dict, "what is searched: a setting's key to its dimension")
+    space: dict[str, Any] = setting(dict, "what is searched: a setting's key to its dimension", read=read_space)
     objectives: list[ObjectiveConfig] = setting(lambda: [ObjectiveConfig()], "what is aimed at; the first ranks")
     constraints: list[ConstraintConfig] = setting(list, "bounds on metrics; a trial beyond one is never the best")
     num_samples: int = setting(20, "trials", ge=1)
@@ -100,6 +101,10 @@ class SweepConfig:
         for metric in metrics:
             if metrics.count(metric) > 1:
                 raise ConfigError("objectives", metric, "is named twice")
+        largest = self.train.seed + (self.confirm.seeds if self.confirm.best else 0)
+        if largest >= 2**64:
+            allowed = f"must be < 2**64 - {self.confirm.seeds}: confirm adds up to {self.confirm.seeds} to it"
+            raise ConfigError("train.seed", self.train.seed, allowed)
         timed = [m for m in Aims(self.objectives, self.constraints).metrics if m in TIMED]
         if timed and self.train.evaluation.latency_length is None:
             raise ConfigError("train.evaluation.latency_length", None, f"must be set: {timed[0]} is measured there")
@@ -122,6 +127,7 @@ def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepCon
 def read_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
     """Read a sweep's configuration; its paths may be those of another machine."""
     data = read_yaml(Path(path))
+    refuse_other_kind(Path(path), data, "sweep")
     data.setdefault("name", Path(path).stem)
     return build(SweepConfig, data, overrides)
 
@@ -169,6 +175,8 @@ class Sweep:
         self.base = dataclasses.asdict(config.train)
         self.space = Space(config.space, self.base)
         self.aims = Aims(config.objectives, config.constraints)
+        if not (folder / "sweep.yaml").exists():
+            self.space.refuse_empty()
         if config.dense_baseline:
             self.space.compose(DENSE)
 

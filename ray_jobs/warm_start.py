@@ -1,21 +1,21 @@
 """A new search that knows what an earlier one found: its trials that are points of the new space, with what they had
 reached at each step."""
 
+import copy
 import dataclasses
-import json
 from collections import Counter
 from typing import Any
 
-import yaml
-
-from gsa.config import TrainConfig, assign, build, field_of, flatten, lookup
+from gsa.config import TrainConfig, assign, build, flatten, lookup
 from gsa.errors import ConfigError, RequestError
+from gsa.schema import field_of
 from gsa.settings import nearest
 from gsa.tracking import Tracking
 from ray_jobs.objectives import Aims
 from ray_jobs.record import COMPLETE, PAUSED, Entry, Params
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space
+from ray_jobs.stored import stored_params, stored_sweep
 
 # what may differ between two trainings whose results are comparable
 FREE = ("name", "storage", "seed", "tracking", "workers")
@@ -44,30 +44,32 @@ def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matchi
     A trial matches if its whole configuration, but for `FREE`, is one that the space can propose.
 
     Raises:
-        RequestError: there is no such sweep.
+        RequestError: there is no such sweep, or its run holds no configuration of one.
     """
     parent = tracking.find_run(run_key(sweep))
     if parent is None:
         hint = nearest(sweep, sorted(tracking.sweeps()))
         raise RequestError(f"warm_start = {sweep!r}: is not in {tracking.uri}{hint}")
-    config = yaml.safe_load(tracking.read_text(parent.info.run_id, "config.yaml"))
-    base, gone = _known(config["train"])
+    base, gone = _known(stored_sweep(tracking, parent.info.run_id).train)
     found = Matching([], gone, Counter(), 0)
     for run in tracking.children(parent.info.run_id):
         tags, state = run.data.tags, tracking.state(run)
         if state not in ("finished", "stopped_early") or tags.get("gsa.baseline") == "true" or "gsa.confirms" in tags:
             continue
         found.trials += 1
-        data = json.loads(json.dumps(base))
-        for key, value in json.loads(tags["gsa.params"]).items():
-            if _exists(key):
-                assign(TrainConfig, data, key, value)
-            elif key not in found.gone:
-                found.gone.append(key)
+        data = copy.deepcopy(base)
         try:
+            for key, value in stored_params(run).items():
+                if _exists(key):
+                    assign(TrainConfig, data, key, value)
+                elif key not in found.gone:
+                    found.gone.append(key)
             trained = build(TrainConfig, data)
         except ConfigError as error:
             found.differing[f"{error.key}, which is no longer allowed"] += 1
+            continue
+        except RequestError as error:
+            found.differing[str(error)] += 1
             continue
         params, reason = _params(space, trained)
         if params is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gsa.errors import ConfigError
+from gsa.paths import of_user
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def find_files(patterns: Iterable[str]) -> list[SourceFile]:
         ConfigError: a path or glob names none.
     """
     found: dict[tuple[int, int], SourceFile] = {}
-    for pattern in patterns:
+    for pattern in map(of_user, patterns):
         named = not glob.has_magic(pattern) or os.path.isfile(pattern)
         paths = [path for path in ([pattern] if named else sorted(_matches(pattern))) if os.path.isfile(path)]
         if not paths:

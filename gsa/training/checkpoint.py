@@ -21,10 +21,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
+from gsa import plain
 from gsa.data.tokenizer import Tokenizer
 from gsa.errors import ConfigError, InfrastructureError, RequestError, one_line
 from gsa.model import GSAForCausalLM
+from gsa.paths import of_user
 from gsa.store import TrackingConfig
+from gsa.training.agreement import difference
 from gsa.training.steps import PREFIX, steps
 
 if TYPE_CHECKING:
@@ -63,25 +66,34 @@ class Checkpoint:
         return cls(folder, index["step"], index["metrics"])
 
     def config(self) -> "TrainConfig":
-        from gsa.config import TrainConfig, build, read_yaml
+        """The settings that the run had.
 
-        return build(TrainConfig, read_yaml(self.folder / "config.yaml"))
+        Raises:
+            RequestError: they are none of this version. The checkpoint may come from a store that others write to, so
+                that it includes no files.
+        """
+        from gsa.config import TrainConfig, build
+
+        path = self.folder / "config.yaml"
+        try:
+            data = plain.parse(plain.read_text(path), unquoted=True)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{path}: cannot be read as settings ({one_line(error)})") from error
+        if not isinstance(data, dict):
+            raise RequestError(f"{path}: must hold a mapping of settings")
+        return build(TrainConfig, data)
 
     def refuse_other(self, config: "TrainConfig") -> None:
         """Hold a run that would go on from here to the settings it began with.
 
         Raises:
-            ConfigError: a setting of the model, the data or the training differs.
+            ConfigError: it would not train the same: a setting of the model, the data or the training differs.
         """
-        from gsa.config import flatten
-
-        held, given = flatten(self.config()), flatten(config)
-        for key, value in given.items():
-            began = held.get(key)
-            if key.split(".")[0] in ("model", "data", "training", "seed") and value != began and value is not None:
-                raise ConfigError(
-                    key, value, f"was {began!r} when the run in {self.folder.parent} began; set another name"
-                )
+        found = difference(self.config(), config)
+        if found is not None:
+            key, began, value = found
+            allowed = f"was {began!r} when the run in {self.folder.parent} began; set another name"
+            raise ConfigError(key, value, allowed)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "tokenizer.json")
@@ -198,7 +210,7 @@ def find(source: str | Path, tracking: TrackingConfig | None = None, storage: st
 
         store = open_store(tracking or TrackingConfig(), storage)
         source = store.download(str(source).removeprefix("runs:/"), "checkpoint")
-    folder = Path(source)
+    folder = Path(of_user(str(source)))
     with contextlib.suppress(OSError, ValueError):  # what no path can be, `open` refuses
         if not (folder / "checkpoint.json").exists() and steps(folder):
             folder = steps(folder)[-1]

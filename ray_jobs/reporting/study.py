@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import optuna
-import yaml
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial
 
-from gsa.errors import RequestError
 from gsa.tracking import Tracking
+from ray_jobs import dimensions
 from ray_jobs.objectives import Aims, ObjectiveConfig
 from ray_jobs.record import COMPLETE, FAIL, PRUNED, RUNNING, Entry
 from ray_jobs.space import Space
+from ray_jobs.stored import stored_sweep
 from ray_jobs.studies import optuna_trial
 
 ENOUGH = 8  # finished trials below which importances would be noise
@@ -48,10 +48,8 @@ def read_space(tracking: Tracking, run_id: str) -> Space:
     Raises:
         RequestError: the run has none, or it is of a version with other settings.
     """
-    config = yaml.safe_load(tracking.read_text(run_id, "config.yaml"))
-    if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
-        raise RequestError(f"run {run_id}: its config.yaml is not that of a sweep")
-    return Space(config.get("space") or {}, config["train"])
+    stored = stored_sweep(tracking, run_id)
+    return Space(dimensions.read_space("space", stored.space), stored.train)
 
 
 def entry_of(trial: dict[str, Any], objectives: list[ObjectiveConfig], curve: Curve, space: Space) -> Entry:

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from gsa.config import (
     TrainConfig,
-    all_keys,
     assign,
     build,
     expand,
-    field_of,
     flatten,
     load_config,
     merge,
@@ -26,6 +24,7 @@ from gsa.config import (
     to_yaml,
 )
 from gsa.errors import ConfigError, RequestError
+from gsa.schema import all_keys, field_of
 from tests.draw import Draw
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,8 @@
 """The search space: every draw is within bounds and composes to a checked configuration, or is refused by name."""
 
 import dataclasses
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,94 @@ def test_a_wrong_space_is_refused_by_key_before_anything_starts(space: dict[str,
         Space(space, BASE)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+RATE = "training.optimizer.learning_rate"
+K = "model.attention.controller.k"
+
+
+@pytest.mark.parametrize(
+    ("key", "dimension", "words"),
+    [
+        (K, {"type": "int", "low": 300, "high": 900, "step": 0.5}, ".step = 0.5: must be a whole number > 0"),
+        (K, {"type": "int", "low": 300, "high": 900, "step": 1.5}, ".step = 1.5: must be a whole number > 0"),
+        (K, {"type": "int", "low": 300, "high": 900, "step": -1}, ".step = -1: must be a whole number > 0"),
+        (K, {"type": "int", "low": 300, "high": 900, "step": 601}, ".step = 601: must be <= high - low, which is 600"),
+        (RATE, {"type": "float", "low": 0.1, "high": 0.5, "step": 0.41}, ".step = 0.41: must be <= high - low"),
+        (RATE, {"type": "float", "low": 0.1, "high": 0.5, "step": math.inf}, ".step = inf: must be a number > 0"),
+        (RATE, {"type": "float", "low": 0.1, "high": 0.5, "step": math.nan}, ".step = nan: must be a number > 0"),
+        (RATE, {"type": "float", "low": 0.1, "high": math.inf}, ".high = inf: must be a finite number"),
+        (RATE, {"type": "float", "low": math.nan, "high": 1}, ".low = nan: must be a finite number"),
+        (K, {"type": "int", "low": 300, "high": math.inf}, ".high = inf: must be a finite number"),
+        (K, {"type": "int", "low": True, "high": 300}, ".low = True: must be a number"),
+        (K, {"type": "int", "low": [1], "high": 300}, ".low = [1]: must be a number"),
+        ("seed", {"type": "int", "low": 0, "high": 2**64}, f".high = {2**64}: must be <= {2**64 - 1}"),
+        (K, {"type": "float", "low": 300, "high": 900}, f".type = 'float': {K} is a whole number; use int"),
+        (K, {"type": ["int"]}, "type must be one of float, int, categorical"),
+        (K, {"type": "categorical", "choices": [300, "many"]}, ".choices = 'many': must be a whole number"),
+        (K, {"type": "categorical", "choices": [300, 400.5]}, ".choices = 400.5: must be a whole number"),
+        (K, {"type": "categorical", "choices": [300, None]}, ".choices = None: must be a whole number"),
+        (K, {"type": "categorical", "choices": [True]}, ".choices = True: must be a whole number"),
+        (K, {"type": "categorical", "choices": [[300]]}, ".choices = [300]: must be a whole number"),
+        (RATE, {"type": "categorical", "choices": [1e-3, "fast"]}, ".choices = 'fast': must be a number"),
+        (RATE, {"type": "categorical", "choices": [0.1, 0]}, ".choices = 0.0: must be > 0"),
+        (KIND, {"type": "categorical", "choices": [["fixed"]]}, ".choices = ['fixed']: must be one of "),
+        ("training.compile", {"type": "categorical", "choices": [True, 2]}, ".choices = 2: must be true or false"),
+        ("model.layers[0].gates", {"type": "categorical", "choices": ["G1"]}, ".choices = 'G1': must be a list"),
+        ("model.layers[0]", {"type": "categorical", "choices": [{"kk": 1}]}, "choices.kk: no such setting"),
+    ],
+)  # fmt: skip
+def test_what_a_setting_cannot_take_is_refused_when_the_space_is_read(
+    key: str, dimension: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        Space({key: dimension}, BASE)
+    assert words in str(refused.value)
+    assert str(refused.value).startswith("space")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "step", "last"),
+    [("int", 16, 100, 16, 96), ("int", 16, 64, 16, 64), ("float", 0.1, 0.5, 0.15, 0.4), ("float", 0.1, 0.4, 0.1, 0.4),
+     ("int", 7, 7, 3, 7), ("int", "1e2", "1e3", "1e2", 1000), ("float", "1e-3", "1e-2", "1e-3", 0.01)],
+)  # fmt: skip
+def test_whole_steps_end_at_the_largest_value_that_is_drawn_and_it_is_said(
+    kind: str, low: Any, high: Any, step: Any, last: float, draw: Draw, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = "data.context_length" if kind == "int" else "training.optimizer.learning_rate"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Optuna's own, where it changes the range
+        space = Space({key: {"type": kind, "low": low, "high": high, "step": step}}, BASE)
+        drawn = {params[key] for params in draws(space, draw, 60)}
+    assert space.dimensions[0].high == last
+    assert max(drawn) <= last
+    assert (f"end at {last}" in caplog.text) == (last != float(high))
+
+
+def test_conditions_are_of_the_types_of_their_settings_and_can_hold() -> None:
+    decay = "training.optimizer.weight_decay"
+    rate = {"type": "categorical", "choices": ["1e-3", 1]}
+    space = Space({RATE: rate, decay: {"type": "float", "low": 0, "high": 1, "when": {RATE: ["1.0e-3", 1]}}}, BASE)
+    assert space.dimensions[0].choices == (0.001, 1.0)
+    assert space.dimensions[1].when == ((RATE, (0.001, 1.0)),)
+    assert space.dimensions[0].internal("1e-3") == 0.001  # as earlier versions have recorded it
+    for condition, words in (
+        ({RATE: 0.5}, f"when.{RATE} = 0.5: is none of (0.001, 1.0)"),
+        ({RATE: "fast"}, f"when.{RATE} = 'fast': must be a number"),
+        ({K: 5000}, f"when.{K} = 5000: is not within 300 and 900"),
+    ):
+        given = {RATE: rate, K: {"type": "int", "low": 300, "high": 900}}
+        with pytest.raises(ConfigError) as refused:
+            Space(given | {decay: {"type": "float", "low": 0, "high": 1, "when": condition}}, BASE)
+        assert words in str(refused.value)
+
+
+def test_a_space_in_which_no_draw_is_valid_is_refused_and_one_with_few_is_not() -> None:
+    heads = "model.attention.num_heads"
+    with pytest.raises(ConfigError, match=r"must divide num_heads = [37]; none of 200 draws from the space is valid"):
+        Space({heads: {"type": "categorical", "choices": [3, 7]}}, BASE).refuse_empty()
+    Space({heads: {"type": "categorical", "choices": [3, 5, 7, 8]}}, BASE).refuse_empty()
 
 
 def test_a_combination_that_is_not_allowed_is_refused_when_composed() -> None:

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
+from gsa.config import build
 from gsa.errors import RequestError
 from ray_jobs.objectives import Aims, ObjectiveConfig
 from ray_jobs.record import COMPLETE, PAUSED
+from ray_jobs.reporting.study import read_space
 from ray_jobs.space import Space
+from ray_jobs.sweep import SweepConfig
 from ray_jobs.warm_start import matching
 from tests.draw import Draw
 from tests.ray_jobs.fake_sweep import BITS, KIND, SPACE, STEPS, aims, fake_sweep
@@ -66,6 +69,61 @@ def test_a_sweep_that_is_not_there_is_refused_with_the_nearest(draw: Draw, tmp_p
     tracking = fake_sweep(tmp_path, draw, ["finished"], aims(BITS))
     with pytest.raises(RequestError, match="warm_start = 'fakes'.*did you mean 'fake'"):
         matching(tracking, "fakes", Space(SPACE, BASE), AIMS)
+
+
+DEEP = "x: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"y{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+
+
+def test_what_a_shared_store_holds_is_read_as_plain_data_of_bounded_size(draw: Draw, tmp_path: Path) -> None:
+    """By a warm start and by a report alike; what is wrong is said in one line that names the run."""
+    tracking = fake_sweep(tmp_path, draw, ["finished"] * 2, aims(BITS))
+    (parent,) = [run for run in tracking.client.search_runs([tracking.experiment_id]) if run.info.run_name == "fake"]
+    run_id, (child, *_) = parent.info.run_id, tracking.children(parent.info.run_id)
+    text = tracking.read_text(run_id, "config.yaml")
+    for content, words in (
+        ("", "it holds nothing, not settings"),
+        ("- 1", "it holds a list, not settings"),
+        ("space: {}", "its 'train' is nothing, not a mapping"),
+        ("train: [1]", "its 'train' is a list, not a mapping"),
+        ("train: 3\nspace: {}", "its 'train' is 3, not a mapping"),
+        ("train: {}\nspace: [1]", "its 'space' is a list, not a mapping"),
+        (DEEP + "train: {}", "aliases stand for more than"),
+        ("train: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: 1\na: 2", "is in line 1 and again in line 2"),
+        ("#" * 2**20 + "\n", "at most 1048576 are read"),
+    ):
+        tracking.log_text(run_id, content, "config.yaml")
+        for read in (
+            lambda: matching(tracking, "fake", Space(SPACE, BASE), AIMS),
+            lambda: read_space(tracking, run_id),
+        ):
+            with pytest.raises(RequestError) as refused:
+                read()
+            assert words in str(refused.value)
+            assert str(refused.value).startswith(f"run {run_id}: its config.yaml")
+            assert "\n" not in str(refused.value)
+    tracking.log_text(run_id, text.replace("name: train", "name: ${oc.env:HOME}"), "config.yaml")
+    found = matching(tracking, "fake", Space(SPACE, BASE), AIMS)
+    assert (len(found.entries), found.trials) == (0, 2)
+    assert found.differing["name, which is no longer allowed"] == 2
+    tracking.log_text(run_id, text, "config.yaml")
+    kept = {d.key for d in read_space(tracking, run_id).dimensions}
+    assert kept == {d.key for d in Space(SPACE, BASE).dimensions}
+    for params, words in (("[", "is not JSON"), ("[1]", "holds a list, not a mapping")):
+        tracking.client.set_tag(child.info.run_id, "gsa.params", params)
+        found = matching(tracking, "fake", Space(SPACE, BASE), AIMS)
+        assert len(found.entries) == 1
+        assert words in next(iter(found.differing))
+
+
+def test_choices_written_as_numbers_with_an_exponent_match(draw: Draw, tmp_path: Path) -> None:
+    rate = "training.optimizer.learning_rate"
+    narrow = {rate: {"type": "categorical", "choices": [1e-3, 3e-3]}}
+    tracking = fake_sweep(tmp_path, draw, ["finished"] * 6, aims(BITS), space=narrow)
+    written = build(SweepConfig, {}, [f"space={{{rate}: {{type: categorical, choices: [1e-3, 3E-3]}}}}"])
+    assert len(matching(tracking, "fake", Space(written.space, BASE), AIMS).entries) == 6
 
 
 def test_imported_trials_teach_the_search_and_never_run(draw: Draw, tmp_path: Path) -> None:

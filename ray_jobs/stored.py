@@ -1,0 +1,61 @@
+"""The configuration that a sweep's run in MLflow holds: anyone who may write to the store may have written it."""
+
+import json
+from typing import Any, NamedTuple
+
+from mlflow.entities import Run
+
+from gsa import plain
+from gsa.errors import RequestError, one_line
+from gsa.tracking import Tracking
+from ray_jobs.record import Params
+
+
+class StoredSweep(NamedTuple):
+    """Plain data of a sweep's `config.yaml`, `gsa.scalars.Unquoted` among it."""
+
+    space: dict[str, Any]
+    train: dict[str, Any]
+
+
+def stored_sweep(tracking: Tracking, run_id: str) -> StoredSweep:
+    """The search space and the training configuration of a sweep's run.
+
+    Raises:
+        RequestError: the run has no configuration, or none of a sweep; it names the run and what was found.
+    """
+    try:
+        config = plain.parse(tracking.read_text(run_id, "config.yaml"), unquoted=True)
+    except plain.PlainError as error:
+        raise RequestError(f"run {run_id}: its config.yaml cannot be read as settings ({error})") from error
+    if not isinstance(config, dict):
+        raise _wrong(run_id, f"it holds {_kind(config)}, not settings")
+    for key, absent in (("train", None), ("space", {})):
+        found = config.setdefault(key, absent)
+        if not isinstance(found, dict):
+            raise _wrong(run_id, f"its {key!r} is {_kind(found)}, not a mapping")
+    return StoredSweep(config["space"], config["train"])
+
+
+def stored_params(run: Run) -> Params:
+    """The parameters that a trial's run was tagged with.
+
+    Raises:
+        RequestError: it has none.
+    """
+    text = run.data.tags.get("gsa.params", "")
+    try:
+        params = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"run {run.info.run_id}: its tag gsa.params is not JSON ({one_line(error)})") from error
+    if not isinstance(params, dict):
+        raise RequestError(f"run {run.info.run_id}: its tag gsa.params holds {_kind(params)}, not a mapping")
+    return params
+
+
+def _wrong(run_id: str, why: str) -> RequestError:
+    return RequestError(f"run {run_id}: its config.yaml is not that of a sweep: {why}")
+
+
+def _kind(data: Any) -> str:
+    return {list: "a list", type(None): "nothing"}.get(type(data), repr(data)[:40])
