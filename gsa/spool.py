@@ -98,7 +98,7 @@ def system_metrics(spool: Spool, interval: float = 2.0) -> Iterator[None]:
             monitor.clear_metrics()
         spool.sample(found)
 
-    with every(interval, watch):
+    with every(interval, watch, f"measuring this machine for {spool.folder}"):
         yield
 
 

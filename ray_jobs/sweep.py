@@ -45,7 +45,7 @@ from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.searcher import GsaSearcher
 from ray_jobs.signals import stops_go_to
 from ray_jobs.space import Space
-from ray_jobs.storage import locked, settle
+from ray_jobs.storage import Hold, locked, settle
 from ray_jobs.studies import SearcherConfig, Studies
 from ray_jobs.trial import make_trainable
 from ray_jobs.tuning import run_trials
@@ -168,7 +168,7 @@ class Sweep:
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
         earlier = self._earlier(tracking)
-        with locked(self.folder, f"sweep {config.name!r}"), running():
+        with locked(self.folder, f"sweep {config.name!r}") as hold, running():
             nodes, workers = fleet(), config.train.workers
             concurrent = concurrent_runs(nodes, workers, "train.workers", config.max_concurrent_trials)
             budget = Budget(config.budget, workers, nodes.types)
@@ -184,8 +184,10 @@ class Sweep:
                         record.propose(entry)
                 if config.dense_baseline and BASELINE not in record.entries:
                     record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
-                searcher = self._searcher(record, steps, budget, data)
+                searcher = self._searcher(record, steps, budget, data, hold)
                 self._search(searcher, record, context, steps, concurrent)
+                if hold.lost:
+                    raise RunError(f"{hold.lost}: this one stops")
             finally:
                 late = writer.finish(PATIENCE)
             if searcher.interrupted:
@@ -196,7 +198,7 @@ class Sweep:
                 raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
             return self._conclude(tracking, parent, record)
 
-    def _searcher(self, record: Record, steps: int, budget: Budget, data: Prepared) -> GsaSearcher:
+    def _searcher(self, record: Record, steps: int, budget: Budget, data: Prepared, hold: Hold) -> GsaSearcher:
         config = self.config
         halving = Halving(config.scheduler, steps, self.aims)
         studies = Studies(self.space, self.aims, config.searcher, halving.rungs, config.seed, record)
@@ -208,7 +210,7 @@ class Sweep:
             config.max_failures,
             gate=self._gate(data) if config.gate else lambda _: None,
             confirmations=lambda: confirmations(config.confirm, self.aims, record.entries, config.train.seed),
-            spent=lambda: budget.spent(record.events, record.entries.values(), time.time()),
+            spent=lambda: hold.lost or budget.spent(record.events, record.entries.values(), time.time()),
         )
 
     def _search(

@@ -33,7 +33,7 @@ from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.runs import TrainContext
 from ray_jobs.signals import stops_go_to
-from ray_jobs.storage import locked, settle
+from ray_jobs.storage import Hold, locked, settle
 from ray_jobs.worker import RESOURCES, fit, release, root_cause
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         console.print(f"continuing from step {newest.step} of {steps}", highlight=False)
     tracking = connect(config.tracking, config.storage)
     context = TrainContext(config.name, str(folder), git_tags())
-    with locked(folder, f"run {config.name!r}"), running():
+    with locked(folder, f"run {config.name!r}") as hold, running():
         concurrent_runs(fleet(), config.workers, asked=1)
         record = Record(folder / "record.jsonl")
         entry = Entry(config.name, {}, {})
@@ -87,9 +87,11 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
         writer.start()
         try:
             with stops_go_to(_interrupt), _progress(folder, steps, console):
-                _fit_apart(Job(asked, str(folder), str(record.path)))
+                _fit_apart(Job(asked, str(folder), str(record.path)), hold)
             record.end(config.name, COMPLETE)
         except (RunError, TrainingFailedError) as error:
+            if hold.lost:
+                raise  # the record is another's now
             cause = root_cause(error)
             reason = one_line(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {one_line(cause)}"
             record.end(config.name, FAIL, reason=reason)
@@ -104,12 +106,19 @@ def run_train(config: TrainConfig, console: Console) -> Finished:
     return Finished(str(run.info.run_id), folder, dict(run.data.metrics))
 
 
-def _fit_apart(job: Job) -> None:
-    """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1."""
+def _fit_apart(job: Job, hold: Hold) -> None:
+    """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1.
+
+    Raises:
+        RunError: another process has taken over the run's folder.
+    """
     outcome = apart(partial(fit, job))
     try:
+        while not wait([outcome], timeout=1).done:
+            if hold.lost:
+                raise RunError(f"{hold.lost}: this one stops")
         outcome.result()
-    except KeyboardInterrupt:
+    except BaseException:
         # without its workers the trainer ends; Ray must not be shut down under a thread that still uses it
         deadline = time.monotonic() + 30
         while not outcome.done() and time.monotonic() < deadline:
@@ -136,7 +145,7 @@ def _progress(folder: Path, total_steps: int, console: Console) -> Iterator[None
                 _print_row(row, total_steps, console)
 
     try:
-        with every(1, show):
+        with every(1, show, f"reading the metrics in {folder}"):
             yield
     finally:
         show()
