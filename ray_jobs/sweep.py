@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, to_yaml
+from gsa.config import TrainConfig, build, check_name, parse_override, read_yaml, to_yaml
 from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.floors import bigram_bits_per_byte
@@ -42,6 +42,7 @@ from ray_jobs.record import COMPLETE, Entry, Record
 from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
 from ray_jobs.reporting.page import to_html
 from ray_jobs.runs import TrialContext, run_key
+from ray_jobs.saved import EXTENSIBLE, check_record, follow_move, frozen, lasting, read_settings
 from ray_jobs.searcher import GsaSearcher
 from ray_jobs.signals import stops_go_to
 from ray_jobs.space import Space
@@ -53,8 +54,6 @@ from ray_jobs.warm_start import matching
 
 logger = logging.getLogger(__name__)
 
-# what may be set anew when a sweep goes on
-EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm", "budget")
 PATIENCE = 300.0  # seconds that the end of a sweep waits for an MLflow that does not answer
 
 # the same width, depth and steps, without selection and gates
@@ -142,7 +141,18 @@ def resume_sweep(name: str, storage: str, console: Console, overrides: list[str]
     for key, value in map(parse_override, overrides or []):
         if key.split(".")[0] not in EXTENSIBLE:
             raise ConfigError(key, value, f"cannot change in a sweep that has begun; {', '.join(EXTENSIBLE)} can")
-    return Sweep(build(SweepConfig, read_yaml(folder / "sweep.yaml"), overrides), folder, console).run()
+    config = build(SweepConfig, dataclasses.asdict(read_settings(SweepConfig, folder)), overrides)
+    moved_from = follow_move(config.train, storage)
+    settle(config.train, "train.storage")
+    try:
+        sweep = Sweep(config, folder, console)
+    except RequestError as error:
+        raise RequestError(f"{folder / 'sweep.yaml'}: {error}") from error
+    check_record(config, sweep.space, folder)
+    if moved_from is not None:
+        said = f"sweep {name!r} was moved: it goes on in {config.train.storage} (was in {moved_from})"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    return sweep.run()
 
 
 def sweep_folder(storage: str, name: str) -> Path:
@@ -219,7 +229,7 @@ class Sweep:
         """Run what is left of the sweep."""
         if searcher.finished:
             return
-        record.begin()
+        record.begin(frozen(self.config))
         config, workers = self.config, self.config.train.workers
         resources = worker_resources(workers)
         if workers.num_workers > 1:
@@ -272,7 +282,7 @@ class Sweep:
         tags = {"gsa.sweep": config.name, OBJECTIVES: objectives, CONSTRAINTS: constraints, **git_tags()}
         tags[RATES] = json.dumps(budget.rates)
         parent = tracking.start_run(run_key(config.name), config.name, tags=tags)
-        tracking.describe(parent, flatten(config), to_yaml(config))
+        tracking.describe(parent, lasting(config), to_yaml(config))
         tracking.describe_data(parent, dataclasses.asdict(config.train.data.corpus), data.fingerprint)
         floor = bigram_bits_per_byte(data, config.train.evaluation)
         tracking.log(parent, 0, {"floor_bigram_bits_per_byte": floor})
