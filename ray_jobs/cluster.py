@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gsa.errors import ConfigError, RequestError, one_line
 from gsa.training.workers import WorkersConfig
 from ray_jobs.capacity import Fleet, NodeType, configured_fleet
+from ray_jobs.sessions import session_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def running() -> Iterator[None]:
     What this starts, it stops.
 
     Raises:
-        RequestError: no cluster answers at that address.
+        RequestError: no cluster answers at that address, or Ray's sockets have no place.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 2 s: a nested trainer starts much later
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -63,6 +64,7 @@ def running() -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.WARNING,
             object_store_memory=200_000_000,
+            _temp_dir=session_folder(),
         )
     try:
         yield

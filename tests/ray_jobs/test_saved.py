@@ -80,7 +80,7 @@ def line_of(kind: str) -> Callable[[list[bytes]], int]:
 
 
 # what is done to the lines, counted from 0, and what is said of the file from 1 on
-DAMAGES: dict[str, tuple[Callable[[list[bytes]], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[list[bytes]], Any], str]] = {
     "garbage": (lambda lines: lines.insert(3, b"\x00\xffgarbage"), "line 4: is not JSON"),
     "blank": (lambda lines: lines.insert(3, b""), "line 4: is blank"),
     "cut in the middle": (lambda lines: lines.__setitem__(3, lines[3][:30]), "line 4: is not JSON"),

@@ -137,6 +137,30 @@ def test_a_sweep_exists_once_and_a_finished_one_is_only_shown_again(draw: Draw, 
     shown = subprocess.run(resume, capture_output=True, text=True, check=True)
     assert f"best: {first.best}" in shown.stdout
     assert (tmp_path / "runs/sweeps/small/record.jsonl").read_bytes() == record
+    check_moved(tmp_path / "runs", tmp_path / "else where", first)
+
+
+def check_moved(old: Path, new: Path, before: Report) -> None:
+    """A sweep whose storage folder was moved is read, grown and evaluated in the new place; the old one stays away."""
+    old.rename(new)
+    here = ["--storage", str(new)]
+    read = subprocess.run(command("report", "small", "--json", *here), capture_output=True, text=True, check=True)
+    assert json.loads(read.stdout)["trials"] == json.loads(before.to_json())["trials"]
+    grown = subprocess.run(
+        command("sweep", "--resume", "small", "num_samples=3", *here), capture_output=True, text=True, check=False
+    )
+    assert grown.returncode == 0, grown.stderr
+    assert f"sweep 'small' was moved: it goes on in {new} (was in {old})" in grown.stdout
+    store = Store(new)
+    assert len(store.children()) == 4
+    for trial in store.children().values():
+        assert "model.safetensors" in store.artifacts(trial, "checkpoint")
+        assert trial.info.artifact_uri == f"{new.as_uri()}/artifacts/{trial.info.run_id}/artifacts"
+    saved = yaml.safe_load((new / "sweeps/small/sweep.yaml").read_text())
+    assert (saved["train"]["storage"], saved["num_samples"]) == (str(new), 3)
+    best = next(trial for trial in before.trials if trial["trial_id"] == before.best)
+    subprocess.run(command("eval", best["run_id"], *here), capture_output=True, check=True)
+    assert not old.exists()
 
 
 def test_a_trial_that_fails_is_kept_with_its_reason_and_the_sweep_goes_on(draw: Draw, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One run through Ray Train: workers, interruption, failure, and what MLflow holds of it."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,13 +22,31 @@ from tests.bench.outage import Server
 from tests.draw import Draw
 from tests.ray_jobs.store import Store
 from tests.text import tiny
+from tests.unnamed import UNNAMED, can_be_unnamed
 
 
-def start(folder: Path, seed: int, *overrides: str, **changes: Any) -> "subprocess.Popen[str]":
+def start(folder: Path, seed: int, *overrides: str, anywhere: bool = False, **changes: Any) -> "subprocess.Popen[str]":
+    """Start `gsa train`.
+
+    Args:
+        folder: of the configuration, its text and its runs.
+        seed: of the text and the run.
+        overrides: of the configuration.
+        anywhere: as in a container of somebody else's: a user id without an account, no home, and a TMPDIR that is too
+            long for sockets.
+        changes: to the configuration.
+    """
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(tiny(folder, seed, **changes)))
-    command = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, environment = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides], dict(os.environ)
+    if anywhere:
+        temporary = folder / ("t" * 150)
+        temporary.mkdir()
+        account = ("HOME", "USER", "LOGNAME")
+        environment = {name: value for name, value in environment.items() if name not in account}
+        environment |= {"TMPDIR": str(temporary)}
+        command = [*UNNAMED, *command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -41,6 +60,18 @@ def wait_for_step(folder: Path, step: int) -> None:
     while not any(int(p.name[5:]) >= step for p in steps(folder)):
         assert time.monotonic() < last, "no checkpoint came"
         time.sleep(0.02)
+
+
+@can_be_unnamed
+def test_a_user_without_an_account_trains_where_the_temporary_folder_has_a_long_path(
+    draw: Draw, tmp_path: Path
+) -> None:
+    code, output, errors = end(start(tmp_path, draw.random.randrange(1000), anywhere=True))
+    assert code == 0, errors
+    assert "step 12/12" in output
+    (line,) = [line for line in errors.splitlines() if "sockets" in line]
+    assert "is too long a path for Ray's sockets; it keeps its sessions in /tmp/gsa-ray-" in line
+    assert Store(tmp_path / "runs").runs()[0].info.status == "FINISHED"
 
 
 def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_path: Path) -> None:
@@ -59,7 +90,7 @@ def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_pa
     assert_close(dict(local.named_parameters()), dict(load_checkpoint(tmp_path / "runs/train/tiny").named_parameters()))
 
 
-LONG = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
+LONG: dict[str, Any] = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
 
 
 @pytest.fixture(scope="module")
