@@ -79,6 +79,7 @@ class Record:
         self._observers: list[Callable[[Event, Entry], None]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_whole(path)
+        self._size = path.stat().st_size
 
     def subscribe(self, observer: Callable[[Event, Entry], None]) -> None:
         """Call `observer` with every new event of a trial and its entry, after it is written."""
@@ -128,8 +129,7 @@ class Record:
         it again at once.
         """
         event = {"line": len(self.events) + 1, "time": round(self.clock(), 3)} | event
-        self._file.write(json.dumps(event).encode() + b"\n")
-        self._file.flush()
+        self._write(json.dumps(event).encode() + b"\n")
         if synced:
             os.fsync(self._file.fileno())
         self.events.append(event)
@@ -137,6 +137,17 @@ class Record:
         if entry is not None:
             for observer in self._observers:
                 observer(event, entry)
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, or nothing of it: where the disk is full, the next line must not stand behind half of this."""
+        try:
+            written = os.pwrite(self._file.fileno(), line, self._size)
+            while written < len(line):
+                written += os.pwrite(self._file.fileno(), line[written:], self._size + written)
+        except OSError:
+            os.truncate(self._file.fileno(), self._size)
+            raise
+        self._size += len(line)
 
 
 def read(path: Path) -> tuple[list[Event], dict[str, Entry]]:

@@ -1,6 +1,8 @@
 """The record gives back what was put in, in order, however its writer ended."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,23 @@ def test_a_run_that_no_sweep_started_is_proposed_again_where_it_goes_on(tmp_path
         record.end("run", COMPLETE)
     record.propose(Entry("run", {}, {}))
     assert Record(tmp_path / "r.jsonl").entries["run"].state == RUNNING
+
+
+def test_a_full_disk_leaves_no_half_line_and_writing_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    """A real file-size limit of the process stands in for the disk: writing fails in the kernel."""
+    record = Record(tmp_path / "r.jsonl")
+    record.propose(Entry("t", {"a": 1}, {"a": 1}))
+    size = (tmp_path / "r.jsonl").stat().st_size
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            record.result("t", 1, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert (tmp_path / "r.jsonl").stat().st_size == size
+    record.result("t", 1, {"loss": 1.0})
+    assert Record(tmp_path / "r.jsonl").entries == record.entries
+    assert record.entries["t"].steps == {1: {"loss": 1.0}}
