@@ -33,7 +33,7 @@ def session_folder() -> str | None:
         return None
     for folder in SHORT:
         if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
-            found = str(own_folder("gsa-ray", folder))
+            found = str(own_folder("gsa-ray", folder) / "ray")  # Ray opens its own folder to all users
             logger.warning("%s is too long a path for Ray's sockets; it keeps its sessions in %s", usual, found)
             return found
     most = SOCKET - SESSION - len("/ray")

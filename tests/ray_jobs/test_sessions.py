@@ -30,7 +30,7 @@ def test_bytes_count_and_not_characters(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/tmp/" + "漢" * 12)
     found = session_folder()
-    assert found == f"/tmp/gsa-ray-{os.getuid()}"
+    assert found == f"/tmp/gsa-ray-{os.getuid()}/ray"
 
 
 def test_where_no_folder_is_short_enough_the_request_is_refused(

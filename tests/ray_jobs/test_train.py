@@ -70,7 +70,7 @@ def test_a_user_without_an_account_trains_where_the_temporary_folder_has_a_long_
     assert code == 0, errors
     assert "step 12/12" in output
     said = " ".join(errors.split())  # lines are wrapped
-    assert said.count("is too long a path for Ray's sockets; it keeps its sessions in /tmp/gsa-ray-12345") == 1
+    assert said.count("is too long a path for Ray's sockets; it keeps its sessions in /tmp/gsa-ray-12345/ray") == 1
     assert Store(tmp_path / "runs").runs()[0].info.status == "FINISHED"
 
 
