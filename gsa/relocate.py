@@ -13,6 +13,8 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+from gsa.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 ARTIFACTS = "artifacts"  # folder of artifacts beside the database
@@ -26,7 +28,7 @@ COLUMNS = {
 }
 
 
-def relocate(database: Path) -> None:
+def relocate(database: Path, patience: float = 60.0) -> None:
     """Let the paths of artifacts in a storage folder's store follow the folder, where it was moved or copied.
 
     To be called before MLflow opens the store. One transaction: several processes may do so at once. Experiments whose
@@ -34,31 +36,31 @@ def relocate(database: Path) -> None:
 
     Args:
         database: SQLite file of the store, in the storage folder; it may not be there, or not be MLflow's.
+        patience: seconds to wait for another process that writes to it.
     """
     artifacts = database.parent.resolve() / ARTIFACTS
-    if not database.is_file() or not artifacts.is_dir():
+    if not database.is_file():
         return
-    with _opened(database) as connection:
-        if not _moved(connection, artifacts):
-            return
-        try:
+    try:
+        with _opened(database, patience) as connection:
+            if not _moved(connection, artifacts):
+                return
             connection.execute("BEGIN IMMEDIATE")
             for old in _moved(connection, artifacts):  # asked again: another process may have done it
                 _rewrite(connection, old, artifacts)
-                logger.warning("%s was moved here: its artifacts are now found in %s (were in %s)",
-                               database, artifacts, old)  # fmt: skip
+                logger.warning(
+                    "%s was moved: its artifacts are in %s now, and no longer in %s", database, artifacts, old
+                )
             connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            # a copy that may only be read: whoever needs no artifacts can work with it
-            logger.warning("%s was moved here, and cannot be told so (%s): artifacts are not found", database, error)
+    except sqlite3.OperationalError as error:
+        # a copy that may only be read, for example: whoever needs no artifacts can work with it
+        logger.warning("%s: whether it was moved cannot be seen or noted (%s)", database, one_line(error))
 
 
 @contextlib.contextmanager
-def _opened(database: Path) -> Iterator[sqlite3.Connection]:
+def _opened(database: Path, patience: float) -> Iterator[sqlite3.Connection]:
     uri = f"file:{urllib.parse.quote(str(database))}?mode=rw"
-    connection = sqlite3.connect(uri, uri=True, timeout=60, isolation_level=None)
+    connection = sqlite3.connect(uri, uri=True, timeout=patience, isolation_level=None)
     try:
         yield connection
     finally:

@@ -67,7 +67,7 @@ class Hold:
 
     def take(self) -> None:
         """Write the note."""
-        unfinished = self.note.with_name(f".owner.{self.owner['id']}")
+        unfinished = self.note.with_name(".owner.new")
         unfinished.write_text(json.dumps(self.owner), encoding="utf-8")
         unfinished.replace(self.note)  # whole at any moment, and whoever owned the last one
 

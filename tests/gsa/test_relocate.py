@@ -1,5 +1,6 @@
 """The MLflow store of a moved storage folder finds its artifacts in the new place, and makes none in the old one."""
 
+import contextlib
 import shutil
 import sqlite3
 from pathlib import Path
@@ -77,6 +78,28 @@ def test_a_copy_has_artifacts_of_its_own_and_the_original_keeps_its(moved: tuple
     for folder in (old, new, old):
         read(open_store(TrackingConfig(), folder))
         assert places(folder) == {True}
+
+
+def test_a_store_without_any_artifacts_yet_follows_too(moved: tuple[Path, Path]) -> None:
+    _, new = moved
+    shutil.rmtree(new / "artifacts")
+    relocate(new / "mlflow.db")
+    assert places(new) == {True}
+
+
+def test_a_store_that_cannot_be_written_to_is_read_without_its_artifacts(
+    moved: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another process that holds it for longer than we wait stands in for a read-only disk, which stops no root."""
+    _, new = moved
+    before = (new / "mlflow.db").read_bytes()
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        relocate(new / "mlflow.db", patience=0.01)
+    assert (new / "mlflow.db").read_bytes() == before
+    assert "cannot be seen or noted (database is locked)" in caplog.text
+    relocate(new / "mlflow.db")
+    assert places(new) == {True}
 
 
 def test_a_link_to_the_folder_is_the_folder(moved: tuple[Path, Path], tmp_path: Path) -> None:
