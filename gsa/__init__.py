@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gsa import account
+
 if TYPE_CHECKING:
     from gsa.attention.attention import GatedSparseAttention
     from gsa.config import load_config
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
     from gsa.training.checkpoint import load_checkpoint
 
 __all__ = ["GSAForCausalLM", "GatedSparseAttention", "load_checkpoint", "load_config"]
+
+account.ensure()  # before anything is imported that asks for a user's name or home
 
 _HOMES = {
     "GSAForCausalLM": "gsa.model",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gsa.background import every
+from gsa.errors import RunError, one_line
 
 SYSTEM = "system/"  # how MLflow's names of a machine's use begin
 
@@ -98,7 +99,7 @@ def system_metrics(spool: Spool, interval: float = 2.0) -> Iterator[None]:
             monitor.clear_metrics()
         spool.sample(found)
 
-    with every(interval, watch):
+    with every(interval, watch, f"measuring this machine for {spool.folder}"):
         yield
 
 
@@ -115,7 +116,11 @@ def _monitors() -> list[Any]:
 
 
 def read(folder: Path, offset: int, limit: int = 1 << 22) -> tuple[list[Row], int]:
-    """The rows of a run from a byte offset on, of about `limit` bytes at most, and the offset after them."""
+    """The rows of a run from a byte offset on, of about `limit` bytes at most, and the offset after them.
+
+    Raises:
+        RunError: a line holds no row; the file and the place are named.
+    """
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(offset)
@@ -123,7 +128,15 @@ def read(folder: Path, offset: int, limit: int = 1 << 22) -> tuple[list[Row], in
     except FileNotFoundError:
         return [], offset
     whole = content.rfind(b"\n") + 1
-    return [Row(**json.loads(line)) for line in content[:whole].splitlines()], offset + whole
+    found, place = [], offset
+    for line in content[:whole].split(b"\n")[:-1]:
+        try:
+            found.append(Row(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            where = f"{folder / 'metrics.jsonl'}, byte {place}"
+            raise RunError(f"{where}: the line is damaged ({one_line(error)}): restore the file from a copy") from error
+        place += len(line) + 1
+    return found, offset + whole
 
 
 def rows(folder: Path) -> Iterator[Row]:

@@ -27,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gsa.errors import RequestError, one_line
 from gsa.paths import database_of
+from gsa.relocate import relocate
 from gsa.spool import Row, of_system
 from gsa.store import TrackingConfig, refuse_unreachable, store_uri
 
@@ -269,6 +270,7 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
             database.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"tracking.uri = {uri!r}: its folder cannot be made ({error})") from error
+        relocate(database)
     else:
         refuse_unreachable(uri)
     try:

@@ -7,7 +7,8 @@ from gsa.errors import ConfigError
 from gsa.settings import setting
 from gsa.training.workers import WorkersConfig
 from ray_jobs.capacity import NodeType, fitting, worker_resources
-from ray_jobs.record import Entry, Event
+from ray_jobs.events import Event
+from ray_jobs.record import Entry
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gsa.errors import ConfigError, RequestError, one_line
 from gsa.training.workers import WorkersConfig
 from ray_jobs.capacity import Fleet, NodeType, configured_fleet
+from ray_jobs.sessions import session_folder
 from ray_jobs.signals import stops_held
 from ray_jobs.watchdog import connected_cluster
 
@@ -34,7 +35,7 @@ def running() -> Iterator[None]:
     What this starts, it stops; signals that end a command do not reach it, so that trials can save.
 
     Raises:
-        RequestError: no cluster answers at that address.
+        RequestError: no cluster answers at that address, or Ray's sockets have no place.
         InfrastructureError: the cluster has died while the block ran.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # 2 s: a nested trainer starts much later
@@ -67,6 +68,7 @@ def running() -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 object_store_memory=200_000_000,
+                _temp_dir=session_folder(),
             )
     with connected_cluster():
         yield

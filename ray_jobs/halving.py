@@ -27,6 +27,13 @@ class SchedulerConfig:
         if self.kind == "halving" and self.grace_period > total_steps:
             raise ConfigError("scheduler.grace_period", self.grace_period, f"must be <= a trial's {total_steps} steps")
 
+    def is_rung(self, step: int) -> bool:
+        """Whether a trial long enough pauses at a step."""
+        rung = self.grace_period
+        while self.kind == "halving" and rung < step:
+            rung *= self.reduction_factor
+        return self.kind == "halving" and rung == step
+
 
 class Halving:
     """The rungs of a sweep.

@@ -149,7 +149,8 @@ def release_dead(folder: Path) -> None:
     after Ray has let go of all that was the driver's, and nobody ever takes them back.
     """
     with contextlib.suppress(FileNotFoundError):
-        jobs = [line.split() for line in (folder / DRIVERS).read_text().splitlines()]
+        lines = (folder / DRIVERS).read_text(errors="replace").splitlines()
+        jobs = [words for words in map(str.split, lines) if len(words) == 2]  # a crash may have cut one short
         session = ray.get_runtime_context().get_session_name()  # job ids count from one again in the next
         earlier = {job for named, job in jobs[:-1] if named == session}
         for group, state in ray.util.placement_group_table().items():

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ray_jobs.events import Event
 from ray_jobs.objectives import ObjectiveConfig
-from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, Event, Record
+from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, Record
 
 WORDS = {COMPLETE: "finished", PRUNED: "stopped early", FAIL: "failed", PAUSED: "paused", RUNNING: "running"}
 

@@ -23,8 +23,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gsa.settings import setting
+from ray_jobs.events import Event
 from ray_jobs.objectives import Aims, ObjectiveConfig, Values
-from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, Entry, Event, Params, Record, apply
+from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, Entry, Params, Record, apply
 from ray_jobs.space import Space
 
 SAMPLERS = ("tpe", "random", "nsga2", "nsga3", "gp")

@@ -48,10 +48,11 @@ from ray_jobs.record import COMPLETE, Entry, Record
 from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
 from ray_jobs.reporting.page import to_html
 from ray_jobs.runs import TrialContext, run_key
+from ray_jobs.saved import EXTENSIBLE, check_record, follow_move, frozen, is_below, is_free, read_settings
 from ray_jobs.searcher import REJECTIONS, GsaSearcher
 from ray_jobs.signals import Saved, interrupt, stops_go_to
 from ray_jobs.space import Space
-from ray_jobs.storage import locked, refuse_unwritable, settle
+from ray_jobs.storage import Hold, locked, refuse_unwritable, settle
 from ray_jobs.studies import SearcherConfig, Studies
 from ray_jobs.text import prepare_same
 from ray_jobs.trial import make_trainable
@@ -60,10 +61,6 @@ from ray_jobs.warm_start import matching
 
 logger = logging.getLogger(__name__)
 
-# what may be set anew when a sweep goes on, with all that is below it
-EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm", "budget", "train.data.prepared")
-# what else may differ between two lives of a sweep; MLflow's params never change, so neither is one
-MOVABLE = ("train.storage", "train.tracking")
 PATIENCE = 300.0  # seconds that the end of a sweep waits for an MLflow that does not answer
 BRIEF = 5.0  # the same where the sweep is broken off
 
@@ -158,9 +155,20 @@ def resume_sweep(name: str, storage: str, console: Console, overrides: list[str]
         known = sorted(p.parent.name for p in folder.parent.glob(f"*/{CONFIG}"))
         raise RequestError(f"sweep {name!r}: is not in {folder.parent}; known: {', '.join(known) or 'none'}")
     for key, value in map(parse_override, overrides or []):
-        if not _is_below(key, EXTENSIBLE):
+        if not is_below(key, EXTENSIBLE):
             raise ConfigError(key, value, f"cannot change in a sweep that has begun; {', '.join(EXTENSIBLE)} can")
-    return Sweep(build(SweepConfig, read_yaml(folder / CONFIG), overrides), folder, console).run()
+    config = build(SweepConfig, dataclasses.asdict(read_settings(SweepConfig, folder)), overrides)
+    moved_from = follow_move(config.train, storage)
+    settle(config.train, "train.storage")
+    try:
+        sweep = Sweep(config, folder, console)
+    except RequestError as error:
+        raise RequestError(f"{folder / 'sweep.yaml'}: {error}") from error
+    check_record(config, sweep.space, folder)
+    if moved_from is not None:
+        said = f"sweep {name!r} was moved: it goes on in {config.train.storage} (was in {moved_from})"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+    return sweep.run()
 
 
 def sweep_folder(storage: str, name: str) -> Path:
@@ -198,7 +206,7 @@ class Sweep:
         tracking = connect(config.train.tracking, config.train.storage)
         self._refuse_namesake(tracking)
         earlier = self._earlier(tracking)
-        with locked(self.folder, f"sweep {config.name!r}"), running():
+        with locked(self.folder, f"sweep {config.name!r}") as hold, running():
             nodes, workers = fleet(), config.train.workers
             concurrent = concurrent_runs(nodes, workers, "train.workers", config.max_concurrent_trials)
             budget = Budget(config.budget, workers, nodes.types)
@@ -208,7 +216,7 @@ class Sweep:
             with self._state_told(tracking, parent):
                 self._describe_parent(tracking, parent, data)
                 self._write(CONFIG)
-                self._train(tracking, parent, data, steps, concurrent, budget, earlier)
+                self._train(tracking, parent, data, steps, concurrent, budget, earlier, hold)
                 return self._conclude(tracking, parent)
 
     def _train(
@@ -220,13 +228,14 @@ class Sweep:
         concurrent: int,
         budget: Budget,
         earlier: list[Entry],
+        hold: Hold,
     ) -> None:
         """Run what is left of the sweep, and log it.
 
         Raises:
             KeyboardInterrupt: it was interrupted; `Saved` where every running trial has saved its last step.
             InfrastructureError: the storage, a node or the cluster failed.
-            RunError: MLflow did not take all of it.
+            RunError: MLflow did not take all of it, or another process has taken over the sweep.
         """
         config = self.config
         context = TrialContext(config.name, self.base, str(self.folder), parent, git_tags())
@@ -241,8 +250,10 @@ class Sweep:
                     record.propose(entry)
             if config.dense_baseline and BASELINE not in record.entries:
                 record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
-            searcher = self._searcher(record, steps, budget, data, Path(context.stop))
+            searcher = self._searcher(record, steps, budget, data, Path(context.stop), hold)
             self._search(searcher, record, context, steps, concurrent)
+            if hold.lost:
+                raise RunError(f"{hold.lost}: this one stops")
             patience = PATIENCE
         except OSError as error:
             raise InfrastructureError(f"{self.folder}: {one_line(error)}") from error
@@ -252,7 +263,9 @@ class Sweep:
             again = f"gsa sweep --resume {config.name}"
             raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
 
-    def _searcher(self, record: Record, steps: int, budget: Budget, data: Prepared, stop_file: Path) -> GsaSearcher:
+    def _searcher(
+        self, record: Record, steps: int, budget: Budget, data: Prepared, stop_file: Path, hold: Hold
+    ) -> GsaSearcher:
         config = self.config
         halving = Halving(config.scheduler, steps, self.aims)
         studies = Studies(self.space, self.aims, config.searcher, halving.rungs, config.seed, record)
@@ -264,8 +277,9 @@ class Sweep:
             config.max_failures,
             gate=self._gate(data) if config.gate else lambda _: None,
             confirmations=lambda: confirmations(config.confirm, self.aims, record.entries, config.train.seed),
-            spent=lambda: budget.spent(record.events, record.entries.values(), time.time()),
-            stop_trials=lambda: stop.request(stop_file),
+            spent=lambda: hold.lost or budget.spent(record.events, record.entries.values(), time.time()),
+            # once another driver holds the folder, its trials are those that watch the file
+            stop_trials=lambda: None if hold.lost else stop.request(stop_file),
             check_storage=lambda: refuse_unwritable(self.folder),
         )
 
@@ -275,7 +289,7 @@ class Sweep:
         """Run trials until there is none left or the sweep ends early."""
         if searcher.finished:
             return
-        record.begin()
+        record.begin(frozen(self.config))
         config, workers = self.config, self.config.train.workers
         resources = worker_resources(workers)
         if workers.num_workers > 1:
@@ -360,7 +374,7 @@ class Sweep:
     def _describe_parent(self, tracking: Tracking, parent: str, data: Prepared) -> None:
         """Log the configuration: as params what can never change, as tags what may."""
         settings = flatten(self.config)
-        changing = {key for key in settings if _is_below(key, (*EXTENSIBLE, *MOVABLE))}
+        changing = {key for key in settings if is_free(key)}
         tracking.log_rows(parent, [], {f"gsa.setting.{key}": str(settings[key]) for key in sorted(changing)})
         tracking.describe(parent, {k: v for k, v in settings.items() if k not in changing}, to_yaml(self.config))
         tracking.describe_data(parent, dataclasses.asdict(self.config.train.data.corpus), data.fingerprint)
@@ -394,11 +408,6 @@ class Sweep:
         tracking.log_text(parent, to_html(report), "report.html")
         tracking.finish(parent, "finished")
         return report
-
-
-def _is_below(key: str, names: Iterable[str]) -> bool:
-    """Whether a key is one of these, or a setting below one."""
-    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
 def _finish(tracking: Tracking, parent: str, state: str, reason: str) -> None:

@@ -34,7 +34,7 @@ from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, Entry, Record
 from ray_jobs.runs import TrainContext
 from ray_jobs.signals import Saved, interrupt, stops_go_to
-from ray_jobs.storage import locked, settle
+from ray_jobs.storage import Hold, locked, settle
 from ray_jobs.text import prepare_same
 from ray_jobs.worker import RESOURCES, fit, release, root_cause
 
@@ -96,7 +96,7 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
         console.print(f"continuing from step {newest.step} of {total}", highlight=False)
     tracking = connect(config.tracking, config.storage)
     context = TrainContext(config.name, str(folder), git_tags())
-    with locked(folder, f"run {config.name!r}"), running():
+    with locked(folder, f"run {config.name!r}") as hold, running():
         concurrent_runs(fleet(), config.workers, asked=1)
         stop_file = folder / STOP
         stop.reset(stop_file)
@@ -108,10 +108,12 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
         patience = BRIEF
         try:
             with _progress(folder, total, console):
-                _fit(Job(asked, str(folder), str(record.path), str(stop_file)), total)
+                _fit(Job(asked, str(folder), str(record.path), str(stop_file)), total, hold)
             record.end(config.name, COMPLETE)
             patience = PATIENCE
         except (RunError, TrainingFailedError) as error:
+            if hold.lost:
+                raise  # the record is another's now
             cause = root_cause(error)
             reason = one_line(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {one_line(cause)}"
             with contextlib.suppress(OSError):  # of the same full disk, perhaps
@@ -129,11 +131,12 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
     return Finished(str(run.info.run_id), folder, dict(run.data.metrics))
 
 
-def _fit(job: Job, total_steps: int) -> None:
+def _fit(job: Job, total_steps: int, hold: Hold) -> None:
     """`fit` in a thread of its own: in the main thread Ray Train would take Ctrl-C over, and end with exit code 1.
 
     Raises:
         KeyboardInterrupt: a signal asked for an end; `Saved` where the run has saved its last step.
+        RunError: another process has taken over the run's folder.
     """
     signals: list[int] = []
 
@@ -152,13 +155,16 @@ def _fit(job: Job, total_steps: int) -> None:
         with stops_go_to(end):
             while not outcome.done():
                 wait([outcome], timeout=0.2)
+                if hold.lost:
+                    raise RunError(f"{hold.lost}: this one stops")
                 if signals and asked_at is None:
                     asked_at = time.monotonic()
-                # nothing trains before the workers have left their note, so nothing is lost
-                if asked_at is not None and (not note.exists() or time.monotonic() - asked_at > GRACE):
+                if asked_at is not None and not note.exists():
+                    raise Saved  # the workers have not begun
+                if asked_at is not None and time.monotonic() - asked_at > GRACE:
                     raise KeyboardInterrupt
         outcome.result()
-    except KeyboardInterrupt:
+    except BaseException:
         _release(outcome, note)
         raise
     if signals and _last_step(Path(job.folder)) < total_steps:
@@ -192,7 +198,7 @@ def _progress(folder: Path, total_steps: int, console: Console) -> Iterator[None
                 _print_row(row, total_steps, console)
 
     try:
-        with every(1, show):
+        with every(1, show, f"reading the metrics in {folder}"):
             yield
     finally:
         show()

@@ -107,6 +107,9 @@ def release(note: Path) -> None:
         held = json.loads(note.read_text())
     except FileNotFoundError:
         return
+    except ValueError:  # its writer was killed while it wrote: nothing is known of what it held
+        note.unlink(missing_ok=True)
+        return
     remove_group(held["placement_group"])
     with contextlib.suppress(ValueError):  # there is no autoscaling
         ray.get_actor(COORDINATOR, namespace=COORDINATOR).cancel_request.remote(held["request"])

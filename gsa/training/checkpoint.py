@@ -3,6 +3,8 @@
 - `model.safetensors`, `state.pt` (optimizer and loop; tensors and plain values only), `config.yaml`,
   `tokenizer.json`, and `checkpoint.json`, which lists the others with their SHA-256.
 - Written beside their place, flushed to disk, then renamed: a crash or a full disk leaves the earlier ones intact.
+  What a killed process left half written or half deleted has a name that starts with a dot, and is deleted by the next
+  one that saves there.
 - Nothing that is loaded can run code: safetensors, and `torch.load(weights_only=True)`.
 """
 
@@ -137,15 +139,19 @@ def save(
     metrics: dict[str, float],
     keep: int,
 ) -> Path:
-    """Write `folder/step-…` and delete all but the last `keep`.
+    """Write `folder/step-…` and delete all but the last `keep`. One process at a time saves to a folder.
+
+    A checkpoint of this step that is there already and whole stays as it is.
 
     Raises:
         InfrastructureError: it could not be written, a full disk for example; earlier checkpoints are intact.
     """
     target = folder / f"{PREFIX}{step:09d}"
     unfinished = folder / f".{target.name}.{os.getpid()}"
+    if _is_whole(target):
+        return target
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_unfinished(folder)
         unfinished.mkdir(parents=True)
         save_model(model, str(unfinished / "model.safetensors"))
         torch.save(state, unfinished / "state.pt")
@@ -156,7 +162,7 @@ def save(
         (unfinished / "checkpoint.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
         for path in (*unfinished.iterdir(), unfinished):
             _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # it is not whole
         unfinished.rename(target)
         _flush(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -169,8 +175,29 @@ def save(
             f"checkpoint of step {step} could not be written to {folder} ({free:.0f} MiB free): {error}; {kept}"
         ) from error
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes left in a run's folder; only for the one process that saves there."""
+    for left in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        Checkpoint.open(folder)
+    except RequestError:
+        return False
+    return True
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, which is whole as long as it has its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.old")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def latest(folder: Path) -> Checkpoint | None:

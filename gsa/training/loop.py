@@ -124,6 +124,8 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # of training, evaluations included, in all lives of the run
         self.metrics: dict[str, float] = {}  # of the last step, empty where it was not logged
+        if self.workers.first:
+            checkpoint.remove_unfinished(folder)
         newest = checkpoint.latest(folder)
         if newest is not None:
             self._resume(newest)

@@ -4,24 +4,34 @@
   others that train. Whoever wants to be alone closes the gate, then waits for the GPU: nobody starts another step
   meanwhile, so the wait is no longer than the steps that have begun.
 - The locks are the kernel's (`flock`): when a process dies, however it dies, it holds nothing.
+- Every user of the host takes part, whoever came first: files are opened for reading alone, which is all that a lock
+  needs, made readable whatever the umask, and never written to; links are not followed.
 - Only processes of one worker each may take turns: workers that wait for each other's steps could wait in a circle.
 """
 
+import contextlib
 import fcntl
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
+from gsa.errors import RunError
+
 
 class Turns:
     """The turns of one GPU.
 
     Args:
-        folder: of the lock files, on a file system of this host; made if it is not there.
+        folder: of the lock files, on a file system of this host; made for all users if it is not there.
         device: a CPU needs no turns, nothing is locked.
+
+    Raises:
+        RunError: the folder is there, and another user's who does not let this one use it.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -29,8 +39,10 @@ class Turns:
         self._files: tuple[Path, Path] | None = None
         name = gpu_name(device)
         if name is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_shared_folder(folder)
             self._files = folder / f"{name}.gate", folder / f"{name}.gpu"
+            for file in self._files:
+                _make_shared_file(file)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -76,9 +88,51 @@ def gpu_name(device: torch.device) -> str | None:
 @contextmanager
 def _locked(file: Path, how: int) -> Iterator[None]:
     # Opened anew each time: a lock belongs to what was opened, and threads must not share one.
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open(file)
     try:
         fcntl.flock(descriptor, how)
         yield
     finally:
         os.close(descriptor)
+
+
+def _open(file: Path) -> int:
+    # without O_CREAT: in a folder like /tmp the kernel refuses that for another user's file (fs.protected_regular)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(file, flags)
+    except FileNotFoundError:  # a cleaner of temporary files has been here
+        _make_shared_folder(file.parent)
+        _make_shared_file(file)
+        return os.open(file, flags)
+
+
+def _make_shared_folder(folder: Path) -> None:
+    """Make a folder in which every user may make files, as in /tmp."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        own = Path(tempfile.mkdtemp(prefix=".gsa-", dir=folder.parent))
+        own.chmod(0o1777)
+        try:
+            own.rename(folder)  # with its mode from the first moment on
+        except OSError:  # another process was faster
+            own.rmdir()
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o1777 != 0o1777:
+        folder.chmod(0o1777)
+
+
+def _make_shared_file(file: Path) -> None:
+    """Make an empty file that every user may read, where there is none."""
+    try:
+        if not file.exists():
+            descriptor, own = tempfile.mkstemp(prefix=".gsa-", dir=file.parent)
+            os.fchmod(descriptor, 0o644)
+            os.close(descriptor)
+            with contextlib.suppress(FileExistsError):
+                os.link(own, file, follow_symlinks=False)  # with its mode from the first moment on
+            os.unlink(own)
+        os.close(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+    except OSError as error:
+        remedy = f"have its owner delete {file.parent}, or set TMPDIR"
+        raise RunError(f"{file}: cannot be used to take turns on the GPU ({error.strerror}); {remedy}") from error

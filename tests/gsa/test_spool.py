@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from gsa import spool
+from gsa.errors import RunError
 from gsa.spool import Spool
 from tests.draw import Draw
 
@@ -75,3 +78,14 @@ def test_the_machines_use_is_sampled_as_mlflow_names_it(tmp_path: Path) -> None:
             pass
     names = {name for row in spool.rows(tmp_path) for name in row.metrics}
     assert "system/cpu_utilization_percentage" in names
+
+
+@pytest.mark.parametrize("line", [b"", b"garbage", b"\xff", b"[1]", b'{"sequence": 0}', b'{"a": 1}'])
+def test_a_damaged_line_is_named_by_file_and_place(tmp_path: Path, line: bytes) -> None:
+    spool = Spool(tmp_path)
+    spool.append(1, {"loss": 1.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(RunError, match=rf"{tmp_path}/metrics\.jsonl, byte {size}: the line is damaged"):
+        Spool(tmp_path)

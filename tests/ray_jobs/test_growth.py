@@ -1,5 +1,6 @@
 """A sweep's whole life: started, interrupted, resumed, grown, moved to another folder, grown again, reported."""
 
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from gsa import spool
 from gsa.errors import RequestError
@@ -48,7 +50,7 @@ def test_the_life_of_a_sweep(draw: Draw, tmp_path: Path, capsys: pytest.CaptureF
     train["training"] |= {"checkpoint_every": 1000, "log_every": 1}
     train["evaluation"]["every"] = 60
     path = write_sweep(tmp_path, 0, train=train, num_samples=2, dense_baseline=False)
-    storage, moved = tmp_path / "runs", tmp_path / "moved"
+    storage, moved = tmp_path / "runs", tmp_path / "else where"
 
     process = subprocess.Popen(
         command("sweep", str(path)),
@@ -92,8 +94,13 @@ def test_the_life_of_a_sweep(draw: Draw, tmp_path: Path, capsys: pytest.CaptureF
         assert configuration(storage) == held
 
         storage.rename(moved)
-        report = resume_sweep("small", str(moved), QUIET, ["num_samples=5"])
+        output = io.StringIO()
+        report = resume_sweep("small", str(moved), Console(file=output, width=500), ["num_samples=5"])
+        assert f"sweep 'small' was moved: it goes on in {moved} (was in {storage})" in output.getvalue()
         assert len(trials(moved)) == 6
+        for trial in Store(moved).children().values():
+            assert trial.info.artifact_uri == f"{moved.as_uri()}/artifacts/{trial.info.run_id}/artifacts"
+            assert "model.safetensors" in Store(moved).artifacts(trial, "checkpoint")
         assert not storage.exists()
     assert report.best is not None
 

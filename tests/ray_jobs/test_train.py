@@ -22,13 +22,33 @@ from tests.bench.outage import Server
 from tests.draw import Draw
 from tests.ray_jobs.store import Store
 from tests.text import tiny
+from tests.unnamed import UNNAMED, can_be_unnamed
 
 
-def start(folder: Path, seed: int, *overrides: str, **changes: Any) -> "subprocess.Popen[str]":
+def start(folder: Path, seed: int, *overrides: str, anywhere: bool = False, **changes: Any) -> "subprocess.Popen[str]":
+    """Start `gsa train`.
+
+    Args:
+        folder: of the configuration, its text and its runs.
+        seed: of the text and the run.
+        overrides: of the configuration.
+        anywhere: as in a container of somebody else's: a user id without an account, no home, and a TMPDIR that is too
+            long for sockets.
+        changes: to the configuration.
+    """
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(tiny(folder, seed, **changes)))
-    command = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command, environment = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides], dict(os.environ)
+    if anywhere:
+        temporary = folder / ("t" * 150)
+        temporary.mkdir()
+        account = ("HOME", "USER", "LOGNAME")
+        environment = {name: value for name, value in environment.items() if name not in account}
+        environment |= {"TMPDIR": str(temporary)}
+        command = [*UNNAMED, *command]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -52,6 +72,18 @@ def wait_for_training(folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+@can_be_unnamed
+def test_a_user_without_an_account_trains_where_the_temporary_folder_has_a_long_path(
+    draw: Draw, tmp_path: Path
+) -> None:
+    code, output, errors = end(start(tmp_path, draw.random.randrange(1000), anywhere=True))
+    assert code == 0, errors
+    assert "step 12/12" in output
+    said = " ".join(errors.split())  # lines are wrapped
+    assert said.count("is too long a path for Ray's sockets; it keeps its sessions in /tmp/gsa-ray-12345/ray") == 1
+    assert Store(tmp_path / "runs").runs()[0].info.status == "FINISHED"
+
+
 def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_path: Path) -> None:
     code, output, errors = end(start(tmp_path, draw.random.randrange(1000), "workers.num_workers=2"))
     assert code == 0, errors
@@ -68,7 +100,7 @@ def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_pa
     assert_close(dict(local.named_parameters()), dict(load_checkpoint(tmp_path / "runs/train/tiny").named_parameters()))
 
 
-LONG = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
+LONG: dict[str, Any] = {"training__stages": [{"kind": "sparse", "steps": 150}], "evaluation__every": 30}
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +117,17 @@ def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
     draw: Draw, tmp_path: Path, whole: tuple[int, Path], number: signal.Signals
 ) -> None:
     seed, uninterrupted = whole
-    folder, at = tmp_path / "runs/train/tiny", draw.random.randint(3, 40)
-    store = Store(tmp_path / "runs")
+    home = tmp_path / "runs"
+    folder, at = home / "train/tiny", draw.random.randint(3, 40)
+    store = Store(home)
     changes = LONG if number == signal.SIGKILL else LONG | {"training__checkpoint_every": 1000}
     process = start(tmp_path, seed, **changes)
     if number == signal.SIGKILL:
         wait_for_step(folder, at)
         process.send_signal(number)
         assert end(process)[0] == -signal.SIGKILL
+        home = home.rename(tmp_path / "moved")  # it also goes on where the folder of runs was moved to
+        folder, store = home / "train/tiny", Store(home)
     else:
         wait_for_training(folder, at)
         os.killpg(process.pid, number)  # as `timeout` and Slurm do: Ray's processes are of the group too
@@ -103,13 +138,15 @@ def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
         assert len(steps(folder)) == 1
         assert int(steps(folder)[0].name[5:]) >= max(row.step for row in spool.rows(folder))  # no step is lost
     saved = int(steps(folder)[-1].name[5:])
-    code, output, errors = end(start(tmp_path, seed, **changes))
+    code, output, errors = end(start(tmp_path, seed, f"storage={home}", **changes))
     assert code == 0, errors
     assert f"continuing from step {saved} of 150" in output
+    assert (tmp_path / "runs").exists() == (home == tmp_path / "runs")
     (run,) = store.runs()
+    assert "model.safetensors" in store.artifacts(run, "checkpoint")
     assert run.info.status == "FINISHED"
     assert store.steps(run, "held_out_loss") == [30, 60, 90, 120, 150]
-    resumed, expected = (load_checkpoint(folder / "runs/train/tiny") for folder in (tmp_path, uninterrupted))
+    resumed, expected = (load_checkpoint(folder / "train/tiny") for folder in (home, uninterrupted / "runs"))
     assert_close(resumed.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 

@@ -1,7 +1,10 @@
 """Checkpoints are whole or not there, come back as they were, and are refused when they are not what they say."""
 
+import itertools
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,3 +162,67 @@ def test_what_a_crash_left_half_written_is_no_checkpoint(model: GSAForCausalLM, 
     newest = checkpoint.latest(tmp_path)
     assert newest is not None
     assert newest.step == 3
+    write(model, tmp_path, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003", "step-000000009"]
+
+
+class Killed(BaseException):
+    """Stands in for a SIGKILL: nothing of `save` handles it."""
+
+
+def test_a_process_killed_at_any_moment_of_a_save_leaves_whole_checkpoints_alone(
+    model: GSAForCausalLM, tmp_path: Path
+) -> None:
+    """Killed before each system call that changes a folder, where one checkpoint is kept."""
+    folder, first = tmp_path / "run", tmp_path / "first"
+    write(model, first, 3)
+    for calls in itertools.count():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(first, folder)
+        hooks.append(dies_after(calls))
+        try:
+            write(model, folder, 6, keep=1)
+            break
+        except Killed:
+            pass
+        finally:
+            hooks.clear()
+        assert {Checkpoint.open(path).step for path in steps(folder)} in ({3}, {3, 6}, {6})
+        checkpoint.remove_unfinished(folder)  # as the next life of the run does
+        assert list(folder.iterdir()) == steps(folder)
+    assert calls >= 9  # mkdir, two renames, five files and their folder
+    assert [p.name for p in folder.iterdir()] == ["step-000000006"]
+
+
+hooks: list[Callable[[str], None]] = []
+
+
+def audit(event: str, arguments: tuple[object, ...]) -> None:
+    for hook in hooks:
+        hook(event)
+
+
+sys.addaudithook(audit)  # it stays for ever, and does nothing without hooks
+
+
+def dies_after(calls: int) -> Callable[[str], None]:
+    left = iter(range(calls))
+
+    def hook(event: str) -> None:
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") and next(left, None) is None:
+            raise Killed
+
+    return hook
+
+
+def test_a_whole_checkpoint_of_the_same_step_is_not_written_again_and_a_harmed_one_is(
+    model: GSAForCausalLM, tmp_path: Path
+) -> None:
+    folder = write(model, tmp_path, 3, keep=1)
+    written = folder.stat()
+    assert write(model, tmp_path, 3, keep=1) == folder
+    assert (folder.stat().st_ino, folder.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    (folder / "state.pt").write_bytes(b"harmed")
+    write(model, tmp_path, 3, keep=1)
+    assert Checkpoint.open(folder).step == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000003"]

@@ -3,7 +3,10 @@
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.sharedctypes import Synchronized
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gsa.errors import RunError
 from gsa.training import turns
 from gsa.training.turns import Turns
 
@@ -114,6 +118,74 @@ def test_gpus_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(turns, "gpu_name", lambda device: "GPU-1")
         with Turns(tmp_path, CPU).alone():
             pass
+
+
+def as_user(uid: int, folder: Path, outcome: "Synchronized[int]") -> None:
+    """1 where the turns of a GPU work for a user, 2 where they are refused in one line."""
+    os.umask(0o077)
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    try:
+        mine = Turns(folder, CPU)
+        with mine.training():
+            pass
+        with mine.alone():
+            outcome.value = 1
+    except RunError as error:
+        outcome.value = 2 if "have its owner delete" in str(error) else 3
+
+
+def outcome_for(uid: int, folder: Path) -> int:
+    outcome = FORK.Value("i", 0)
+    with started(as_user, uid, folder, outcome):
+        wait_for(outcome, 1)
+    return int(outcome.value)
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
+
+
+@pytest.fixture
+def world() -> Iterator[Path]:
+    """A folder as /tmp is: everybody may make files in it, and delete their own."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o1777)
+        yield Path(name)
+
+
+@needs_root
+def test_users_share_turns_whoever_came_first_and_whatever_the_umask(world: Path) -> None:
+    assert [outcome_for(uid, world / "turns") for uid in (12345, 23456, 0, 12345)] == [1, 1, 1, 1]
+    assert stat.S_IMODE((world / "turns").stat().st_mode) == 0o1777
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (world / "turns").iterdir()} == {0o644}
+    assert sorted(file.name for file in (world / "turns").iterdir()) == ["GPU-0.gate", "GPU-0.gpu"]
+
+
+@needs_root
+def test_a_folder_that_another_user_keeps_closed_is_one_line(world: Path) -> None:
+    (world / "turns").mkdir(mode=0o755)  # root's
+    assert outcome_for(12345, world / "turns") == 2
+    assert outcome_for(0, world / "turns") == 1  # its owner opens it
+    assert outcome_for(12345, world / "turns") == 1
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    for folder, target in (("there", victim), ("dangling", tmp_path / "made")):
+        victim.write_text("precious")
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "GPU-0.gate").symlink_to(target)
+        with pytest.raises(RunError, match=r"GPU-0\.gate: cannot be used to take turns"):
+            Turns(tmp_path / folder, CPU)
+    assert (victim.read_text(), (tmp_path / "made").exists()) == ("precious", False)
+
+
+def test_a_cleaner_of_temporary_files_does_no_harm(tmp_path: Path) -> None:
+    mine = Turns(tmp_path / "turns", CPU)
+    shutil.rmtree(tmp_path / "turns")
+    with mine.training():
+        pass
 
 
 def test_a_cpu_needs_no_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
