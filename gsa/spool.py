@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gsa.background import every
+from gsa.errors import RunError
 
 SYSTEM = "system/"  # how MLflow's names of a machine's use begin
 
@@ -115,7 +116,11 @@ def _monitors() -> list[Any]:
 
 
 def read(folder: Path, offset: int, limit: int = 1 << 22) -> tuple[list[Row], int]:
-    """The rows of a run from a byte offset on, of about `limit` bytes at most, and the offset after them."""
+    """The rows of a run from a byte offset on, of about `limit` bytes at most, and the offset after them.
+
+    Raises:
+        RunError: a line is not a row.
+    """
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(offset)
@@ -123,7 +128,15 @@ def read(folder: Path, offset: int, limit: int = 1 << 22) -> tuple[list[Row], in
     except FileNotFoundError:
         return [], offset
     whole = content.rfind(b"\n") + 1
-    return [Row(**json.loads(line)) for line in content[:whole].splitlines()], offset + whole
+    found = []
+    for line in content[:whole].splitlines():
+        try:
+            found.append(Row(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{folder / 'metrics.jsonl'}: a line from byte {offset} on is not a row: {line[:80]!r}"
+            ) from error
+    return found, offset + whole
 
 
 def rows(folder: Path) -> Iterator[Row]:

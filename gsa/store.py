@@ -8,8 +8,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from gsa.errors import RequestError
-from gsa.settings import setting
+from gsa.errors import ConfigError, RequestError
+from gsa.settings import join, setting
 
 # MLflow reads these when it is imported.
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
@@ -20,6 +20,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+SQLITE = "sqlite:///"
+MAX_EXPERIMENT = 256  # characters of a name in MLflow's tables; MLflow itself only looks at 500
+
 
 @dataclasses.dataclass
 class TrackingConfig:
@@ -27,10 +30,42 @@ class TrackingConfig:
     experiment: str = setting("gsa", "MLflow experiment")
     system_metrics: bool = setting(True, "log CPU, memory, network and GPU use of each run")
 
+    def check(self, prefix: str) -> None:
+        if not 1 <= len(self.experiment) <= MAX_EXPERIMENT or not self.experiment.isprintable():
+            allowed = f"must be 1 to {MAX_EXPERIMENT} printable characters"
+            raise ConfigError(join(prefix, "experiment"), self.experiment, allowed)
+
 
 def store_uri(config: TrackingConfig, storage: str | Path) -> str:
-    """The tracking URI: the configured one, `MLFLOW_TRACKING_URI`, or SQLite in the storage folder."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    """The tracking URI: the configured one, `MLFLOW_TRACKING_URI`, or SQLite in the storage folder.
+
+    Raises:
+        RequestError: it names SQLite without a file, or one that SQLite's URIs cannot name.
+    """
+    given = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return absolute_uri(given or f"{SQLITE}{Path(storage).resolve() / 'mlflow.db'}")
+
+
+def absolute_uri(uri: str) -> str:
+    """A tracking URI that means the same in every folder: SQLite's path from the current folder, `~` a home.
+
+    Raises:
+        RequestError: it names SQLite without a file, or one that SQLite's URIs cannot name.
+    """
+    if not uri.startswith("sqlite:"):
+        return uri
+    path = uri.removeprefix(SQLITE)
+    if path in (uri, "", ":memory:"):
+        raise RequestError(f"tracking.uri = {uri!r}: must name a file, as sqlite:///mlflow.db does")
+    path = os.path.abspath(os.path.expanduser(path))
+    if "?" in path:  # begins what SQLAlchemy takes for options
+        raise RequestError(f"tracking.uri = {uri!r}: the path of a SQLite store must have no '?'")
+    return SQLITE + path
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, None for a server."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
 def refuse_unreachable(uri: str) -> None:

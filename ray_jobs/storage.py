@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from gsa.background import every
 from gsa.config import TrainConfig
 from gsa.errors import ConfigError, InfrastructureError, RequestError
+from gsa.store import absolute_uri
 
 
 class NotSharedError(InfrastructureError):
@@ -34,6 +35,8 @@ def settle(config: TrainConfig, key: str = "storage") -> None:
     """
     config.storage = os.path.abspath(config.storage)
     config.data.corpus.files = [os.path.abspath(file) for file in config.data.corpus.files]
+    if config.tracking.uri is not None:
+        config.tracking.uri = absolute_uri(config.tracking.uri)
     try:
         Path(config.storage).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.storage):
