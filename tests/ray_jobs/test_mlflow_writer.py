@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from mlflow.exceptions import MlflowException
 from gsa.spool import Spool
 from gsa.store import TrackingConfig
 from gsa.tracking import KEY, Tracking, connect
-from ray_jobs.mlflow_writer import STATES, MlflowLog, MlflowWriter
+from ray_jobs.mlflow_log import STATES, MlflowLog
+from ray_jobs.mlflow_writer import MlflowWriter
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, PRUNED, RUNNING, Entry, Record
 from ray_jobs.runs import TrialContext
 from tests.draw import Draw
@@ -180,15 +182,28 @@ def test_a_run_that_mlflow_refuses_for_good_does_not_hold_up_the_others(draw: Dr
     assert sweep.tracking.state(second) == "stopped_early"
 
 
-def test_the_process_tells_the_rest_when_the_sweep_is_over_and_does_not_mind_ctrl_c(draw: Draw, tmp_path: Path) -> None:
+def test_the_process_tells_the_rest_though_it_is_killed_and_does_not_mind_ctrl_c(
+    draw: Draw, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sweep = Sweep(tmp_path, draw)
     writer = MlflowWriter(sweep.tracking, sweep.record.path, sweep.context)
     writer.start()
     sweep.grow(15)
-    assert writer._process.pid is not None
-    os.kill(writer._process.pid, signal.SIGINT)
+    first = writer._process.pid
+    assert first is not None
+    os.kill(first, signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while not sweep.tracking.children(sweep.parent) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert writer._process.pid == first
+    os.kill(first, signal.SIGKILL)
+    while writer._process.pid == first and time.monotonic() < deadline:
+        time.sleep(0.1)
     sweep.grow(15)
-    assert writer.finish(60) == ""
+    assert writer.finish(100) == ""
+    assert [r.message for r in caplog.records if r.name == "ray_jobs.mlflow_writer"] == [
+        "the process that logs to MLflow died (exit code -9): started again; nothing is lost"
+    ]
     sweep.check()
     run = sweep.tracking.children(sweep.parent)[0]
     assert json.loads(run.data.tags["gsa.params"]) == {"a": 1}
