@@ -43,7 +43,7 @@ def store_uri(config: TrackingConfig, storage: str | Path) -> str:
         RequestError: it names SQLite without a file, or one that SQLite's URIs cannot name.
     """
     given = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return absolute_uri(given or f"{SQLITE}{Path(storage).resolve() / 'mlflow.db'}")
+    return absolute_uri(given) if given else _sqlite_uri(str(Path(storage).resolve() / "mlflow.db"))
 
 
 def absolute_uri(uri: str) -> str:
@@ -54,18 +54,27 @@ def absolute_uri(uri: str) -> str:
     """
     if not uri.startswith("sqlite:"):
         return uri
-    path = uri.removeprefix(SQLITE)
-    if path in (uri, "", ":memory:"):
+    path = sqlite_file(uri)
+    if path is None or uri.removeprefix(SQLITE) in ("", ":memory:"):
         raise RequestError(f"tracking.uri = {uri!r}: must name a file, as sqlite:///mlflow.db does")
-    path = os.path.abspath(os.path.expanduser(path))
-    if "?" in path:  # begins what SQLAlchemy takes for options
-        raise RequestError(f"tracking.uri = {uri!r}: the path of a SQLite store must have no '?'")
-    return SQLITE + path
+    return _sqlite_uri(os.path.abspath(path.expanduser()))
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store, None for a server."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+    """The file of a SQLite store as SQLAlchemy, which opens it, reads the URI; None for a server."""
+    from sqlalchemy.engine import make_url
+
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(make_url(uri).database or "")
+
+
+def _sqlite_uri(path: str) -> str:
+    # SQLAlchemy takes what follows a '?' for options, and from some version on unquotes the path
+    if str(sqlite_file(SQLITE + path)) != path:
+        allowed = "the path of a SQLite store must have no '?', and no '%' before hexadecimal digits"
+        raise RequestError(f"tracking.uri = {SQLITE + path!r}: {allowed}")
+    return SQLITE + path
 
 
 def refuse_unreachable(uri: str) -> None:

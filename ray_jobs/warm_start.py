@@ -14,6 +14,7 @@ from gsa.settings import nearest
 from gsa.tracking import Tracking
 from ray_jobs.objectives import Aims
 from ray_jobs.record import COMPLETE, PAUSED, Entry, Params
+from ray_jobs.reporting.recorded import trials_of
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space
 
@@ -53,13 +54,14 @@ def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matchi
     config = yaml.safe_load(tracking.read_text(parent.info.run_id, "config.yaml"))
     base, gone = _known(config["train"])
     found = Matching([], gone, Counter(), 0)
-    for run in tracking.children(parent.info.run_id):
-        tags, state = run.data.tags, tracking.state(run)
-        if state not in ("finished", "stopped_early") or tags.get("gsa.baseline") == "true" or "gsa.confirms" in tags:
+    trials, _ = trials_of(tracking, parent)
+    for trial in trials:
+        run, state = trial.run, trial.state
+        if state not in ("finished", "stopped_early") or trial.baseline or trial.confirms is not None:
             continue
         found.trials += 1
         data = json.loads(json.dumps(base))
-        for key, value in json.loads(tags["gsa.params"]).items():
+        for key, value in trial.params.items():
             if _exists(key):
                 assign(TrainConfig, data, key, value)
             elif key not in found.gone:

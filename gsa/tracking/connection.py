@@ -214,7 +214,12 @@ def _made_once(database: Path | None) -> Iterator[None]:
         return
     try:
         with FileLock(_lock(database), timeout=PATIENCE):
+            # where SQLite cannot open it, MLflow would try for minutes
+            with contextlib.closing(sqlite3.connect(database)) as connection:
+                connection.execute("PRAGMA schema_version")
             yield
+    except sqlite3.Error as error:
+        raise RequestError(f"{database}: is not a database that can be written to ({error})") from error
     except Timeout:
         raise RequestError(f"{database}: another process holds {_lock(database)}") from None
     except OSError as error:

@@ -66,7 +66,8 @@ def bounded_params(params: Mapping[str, Any]) -> dict[str, str]:
 def split_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags that MLflow takes whole: our own long ones go on in `KEY.2`, `KEY.3` …, others are cut with a mark."""
     found: dict[str, str] = {}
-    for key, value in tags.items():
+    for given, value in tags.items():
+        key = entity_name(given)
         if not key.startswith(OWN) or len(value) <= MAX_TAG_VAL_LENGTH:
             found[key] = shown(value, MAX_TAG_VAL_LENGTH)
             continue
