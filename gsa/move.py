@@ -16,7 +16,8 @@ from mlflow.exceptions import MlflowException
 
 from gsa.errors import RequestError, RunError, one_line
 from gsa.store import TrackingConfig
-from gsa.tracking import KEY, METRICS_AT_ONCE, PARENT, Tracking, connect, every_page
+from gsa.tracking import KEY, PARENT, Store, Tracking, connect, every_page
+from gsa.tracking.limits import batches
 
 MOVED_FROM, WHOLE = "gsa.moved_from", "gsa.moved_whole"
 
@@ -32,7 +33,7 @@ class Moved:
     versions: int = 0  # of models
 
 
-def move(source: Tracking, destination: Tracking, told: Callable[[str], None]) -> Moved:
+def move(source: Store, destination: Tracking, told: Callable[[str], None]) -> Moved:
     """Copy every run of every experiment; `told` takes a line for each.
 
     Raises:
@@ -77,8 +78,8 @@ def _copy(old: MlflowClient, place: Tracking, run: Run, found: Run | None, ids: 
     copy_id = str(copy.info.run_id)
     place.log_params(copy_id, [Param(key, value) for key, value in run.data.params.items()])
     values = [Metric(m.key, m.value, m.timestamp, m.step) for m in _values(old, run)]
-    for first in range(0, len(values), METRICS_AT_ONCE):  # those that are there already are not doubled
-        new.log_batch(copy_id, values[first : first + METRICS_AT_ONCE])
+    for batch in batches(values):  # those that are there already are not doubled
+        new.log_batch(copy_id, batch.metrics)
     if run.inputs is not None and run.inputs.dataset_inputs:
         new.log_inputs(copy_id, run.inputs.dataset_inputs)
     moved.values += len(values)

@@ -154,16 +154,19 @@ def report(
     ] = None,
     storage: Storage = Path("runs"),
     tracking_uri: TrackingUri = None,
-    experiment: Experiment = "gsa",
+    experiment: Annotated[
+        str | None, typer.Option(help="MLflow experiment; default: the one that holds the sweep")
+    ] = None,
 ) -> None:
     """Leaderboard, Pareto front and what matters in a sweep, running or ended."""
     from gsa.store import TrackingConfig
-    from gsa.tracking import open_store
+    from gsa.tracking import open_run
     from ray_jobs.export import export_study, write_parquet
     from ray_jobs.report import read_report, show
     from ray_jobs.reporting.page import write_html
+    from ray_jobs.runs import run_key
 
-    tracking = open_store(TrackingConfig(tracking_uri, experiment), storage)
+    tracking = open_run(TrackingConfig(tracking_uri), storage, run_key(sweep), experiment)
     found = read_report(tracking, sweep)
     if html is not None:
         write_html(found, html)
@@ -240,14 +243,14 @@ def move(
 ) -> None:
     """Copy every run of the storage folder's MLflow store to a server; cut short, the same command goes on."""
     from gsa.move import move as copy
-    from gsa.store import TrackingConfig
+    from gsa.store import TrackingConfig, absolute_uri
     from gsa.tracking import connect, open_store
 
     if not uri:
         raise RequestError("tracking.uri = '': must be sqlite:///PATH, http://HOST or https://HOST")
     database = sqlite_uri(storage.resolve() / "mlflow.db")  # whatever MLFLOW_TRACKING_URI names
     source = open_store(TrackingConfig(database), storage)
-    if uri == database:
+    if absolute_uri(uri) == database:
         raise RequestError(f"{uri}: is the store of {storage} itself")
     found = copy(source, connect(TrackingConfig(uri), storage), lambda line: console.print(line, markup=False))
     earlier = f" ({found.earlier} of them earlier)" if found.earlier else ""

@@ -5,25 +5,22 @@ import dataclasses
 import json
 from typing import Any
 
-from mlflow.entities import Run
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from gsa.errors import RequestError
 from gsa.settings import nearest
-from gsa.tracking import OBJECTIVES, REASON, Tracking
+from gsa.tracking import REASON, Tracking
 from ray_jobs.confirm import Confirmed, indistinguishable
 from ray_jobs.objectives import Aims, ConstraintConfig, ObjectiveConfig
 from ray_jobs.reporting.layers import Layer, layers_of
+from ray_jobs.reporting.recorded import Trial, read_aims, read_rates, trials_of
 from ray_jobs.reporting.study import Curve, Importances, entry_of, importances, read_space
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space
-from ray_jobs.stored import stored_params
 
 BITS = "held_out_bits_per_byte"
-CONSTRAINTS = "gsa.constraints"  # tags of a sweep's run
-RATES = "gsa.rates"  # GPU-hours and money of an hour of one trial
 
 
 @dataclasses.dataclass
@@ -42,6 +39,7 @@ class Report:
     cost: dict[str, dict[str, float]]  # by trial id, all that ran: seconds, gpu_hours, money
     confirmed: list[dict[str, Any]]  # candidates over several seeds, in the first objective
     alike: list[tuple[str, str, float]]  # pairs of them that cannot be told apart, and p
+    notes: list[str]  # what is missing, or was changed in MLflow
 
     def aims(self) -> Aims:
         return Aims([ObjectiveConfig(**o) for o in self.objectives], [ConstraintConfig(**c) for c in self.constraints])
@@ -61,18 +59,19 @@ def read_report(tracking: Tracking, sweep: str) -> Report:
         known = sorted(tracking.sweeps())
         hint = nearest(sweep, known) or (f"; known: {', '.join(known)}" if known else "")
         raise RequestError(f"sweep {sweep!r}: is not in {tracking.uri}{hint}")
-    tags = parent.data.tags
-    objectives, constraints = json.loads(tags[OBJECTIVES]), json.loads(tags.get(CONSTRAINTS, "[]"))
-    aims = Aims([ObjectiveConfig(**o) for o in objectives], [ConstraintConfig(**c) for c in constraints])
+    aims = Aims(*read_aims(parent))
+    objectives = [dataclasses.asdict(o) for o in aims.objectives]
+    constraints = [dataclasses.asdict(c) for c in aims.constraints]
+    rates, notes = read_rates(parent)
     floors = {k.removeprefix("floor_"): v for k, v in parent.data.metrics.items() if k.startswith("floor_")}
-    children = tracking.children(parent.info.run_id)
+    children, left_out = trials_of(tracking, parent)
     dense: dict[str, float] = {}
-    for run in children:
-        if _is(run, "baseline") and tracking.state(run) == "finished":
-            dense = dict(run.data.metrics)
+    for child in children:
+        if child.baseline and child.state == "finished":
+            dense = child.metrics
             floors |= {"dense_bits_per_byte": dense[BITS]} if BITS in dense else {}
-    searched = [run for run in children if not _is(run, "baseline") and "gsa.confirms" not in run.data.tags]
-    trials = [_trial(run, tracking.state(run), aims, dense) for run in searched]
+    searched = [child for child in children if not child.baseline and child.confirms is None]
+    trials = [_trial(child, aims, dense) for child in searched]
     values = {t["trial_id"]: aims.values(t["metrics"]) for t in trials if t["state"] == "finished"}
     pareto = aims.front((t["trial_id"], v) for t in trials if t["feasible"] and (v := values.get(t["trial_id"])))
     first = aims.objectives[0]
@@ -82,18 +81,19 @@ def read_report(tracking: Tracking, sweep: str) -> Report:
             values.get(t["trial_id"]) is None, not t["feasible"], first.sign * t["metrics"].get(first.metric, worst)
         )
     )  # fmt: skip
-    ids = {run.info.run_id: str(run.data.tags["gsa.trial_id"]) for run in children}
+    ids = {child.run.info.run_id: child.trial_id for child in children}
     curves = {ids[run_id]: curve for run_id, curve in tracking.histories(list(ids), first.metric).items()}
     space, refused = _space(tracking, parent.info.run_id)
-    confirmed = _confirmed(children, {t["trial_id"]: t["metrics"] for t in trials}, first.metric)
+    confirmed, missing = _confirmed(children, {t["trial_id"]: t["metrics"] for t in trials}, first.metric)
     return Report(
         sweep, objectives, constraints, floors, trials, pareto, pareto[0] if pareto else None, parent.info.run_id,
         importances=_importances(trials, curves, aims, space, refused),
         curves=curves,
         layers={t["trial_id"]: layers_of(t["metrics"], t["params"], space) for t in trials},
-        cost={ids[run.info.run_id]: _cost(run, json.loads(tags.get(RATES, "{}"))) for run in children},
+        cost={child.trial_id: _cost(child, rates) for child in children},
         confirmed=[dataclasses.asdict(c) | {"mean": c.mean, "deviation": c.deviation} for c in confirmed],
         alike=indistinguishable(confirmed),
+        notes=[*notes, *left_out, *missing],
     )  # fmt: skip
 
 
@@ -141,6 +141,8 @@ def show(report: Report, console: Console) -> None:
         console.print(f"{one['trial_id']} over {len(one['values'])} seeds: {spread}", highlight=False)
     for a, b, p in report.alike:
         console.print(f"{a} and {b} cannot be told apart (Welch's t-test, p = {p:.2f})", highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     _show_cost(report, console)
     console.print("\nPareto front (*): " + (", ".join(report.pareto) or "empty: no trial came to its end"))
     if report.best is not None:
@@ -156,19 +158,19 @@ def _show_cost(report: Report, console: Console) -> None:
     console.print(f"training took {hours:.3g} hours{more}", highlight=False)
 
 
-def _trial(run: Run, state: str, aims: Aims, dense: dict[str, float]) -> dict[str, Any]:
-    tags, run_id = run.data.tags, run.info.run_id
-    violations = aims.violations(run.data.metrics, dense) if state == "finished" else {}
+def _trial(trial: Trial, aims: Aims, dense: dict[str, float]) -> dict[str, Any]:
+    run, run_id, finished = trial.run, trial.run.info.run_id, trial.state == "finished"
+    violations = aims.violations(run.data.metrics, dense) if finished else {}
     return {
         "feasible": all(violation <= 0 for violation in violations.values()),
         "violations": violations,  # by how much a constraint is broken; 0 or less where it holds
-        "trial_id": tags["gsa.trial_id"],
-        "state": state,
-        "params": stored_params(run),
-        "metrics": {k: v for k, v in run.data.metrics.items() if not k.startswith("system/")},
+        "trial_id": trial.trial_id,
+        "state": trial.state,
+        "params": trial.params,
+        "metrics": {k: v for k, v in trial.metrics.items() if not k.startswith("system/")},
         "run_id": run_id,
-        "checkpoint": f"runs:/{run_id}" if state == "finished" else None,
-        "reason": tags.get(REASON, ""),
+        "checkpoint": f"runs:/{run_id}" if finished else None,
+        "reason": run.data.tags.get(REASON, ""),
         "start_time": run.info.start_time,  # milliseconds since 1970
         "end_time": run.info.end_time,  # the same, null while it runs
     }
@@ -190,24 +192,29 @@ def _importances(
     return importances([entry_of(t, aims.objectives, curves[t["trial_id"]], space) for t in trials], space, aims)
 
 
-def _confirmed(children: list[Run], trials: dict[str, dict[str, float]], metric: str) -> list[Confirmed]:
-    """Candidates that were trained with other seeds too, the best mean first in the order of their trials."""
-    found: dict[str, list[float]] = {}
-    for run in children:
-        original = run.data.tags.get("gsa.confirms")
-        if original is not None and run.info.status == "FINISHED" and metric in run.data.metrics:
-            found.setdefault(original, [trials[original][metric]]).append(run.data.metrics[metric])
-    return [Confirmed(trial_id, values) for trial_id, values in found.items()]
+def _confirmed(
+    children: list[Trial], trials: dict[str, dict[str, float]], metric: str
+) -> tuple[list[Confirmed], list[str]]:
+    """Candidates that were trained with other seeds too, in the order of their first repeat, and those whose own run
+    is not there, in words."""
+    repeats: dict[str, list[float]] = {}
+    for child in children:
+        if child.confirms is not None and child.run.info.status == "FINISHED" and metric in child.metrics:
+            repeats.setdefault(child.confirms, []).append(child.metrics[metric])
+    known = {trial_id: [trials[trial_id][metric]] for trial_id in repeats if metric in trials.get(trial_id, {})}
+    notes = [
+        f"trial {trial_id} was repeated with {len(repeats[trial_id])} other seeds, but its own run, or {metric} of it, "
+        "is not in MLflow: not compared"
+        for trial_id in repeats
+        if trial_id not in known
+    ]
+    return [Confirmed(trial_id, first + repeats[trial_id]) for trial_id, first in known.items()], notes
 
 
-def _cost(run: Run, rates: dict[str, float]) -> dict[str, float]:
+def _cost(trial: Trial, rates: dict[str, float]) -> dict[str, float]:
     """What a trial has cost: seconds of training, and at the sweep's rates an hour, GPU-hours and money."""
-    seconds = run.data.metrics.get("training_seconds", 0.0)
+    seconds = trial.metrics.get("training_seconds", 0.0)
     return {"seconds": seconds} | {name: seconds / 3600 * rate for name, rate in rates.items() if rate}
-
-
-def _is(run: Run, what: str) -> bool:
-    return bool(json.loads(run.data.tags.get(f"gsa.{what}", "false")))
 
 
 def short_names(keys: list[str]) -> dict[str, str]:

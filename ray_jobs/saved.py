@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from gsa.config import TrainConfig, build, flatten, read_yaml
 from gsa.errors import RequestError
 from gsa.store import TrackingConfig, store_uri
+from ray_jobs.dimensions import Dimension
 from ray_jobs.halving import SchedulerConfig
 from ray_jobs.record import COMPLETE, Entry, frozen_config, read
-from ray_jobs.space import Dimension, Space
+from ray_jobs.space import Space
 from ray_jobs.studies import trial_id
 
 T = TypeVar("T")

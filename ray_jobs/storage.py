@@ -19,6 +19,7 @@ from gsa import paths
 from gsa.background import every
 from gsa.config import TrainConfig
 from gsa.errors import ConfigError, InfrastructureError, RequestError
+from gsa.store import absolute_uri
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def settle(config: TrainConfig, key: str = "storage") -> None:
     if corpus.name is not None and corpus.source == "hub" and paths.names_folder(corpus.name):
         corpus.name = paths.absolute(corpus.name, f"{above}data.corpus.name")
     if config.tracking.uri is not None:
-        config.tracking.uri = paths.absolute_uri(config.tracking.uri)
+        config.tracking.uri = absolute_uri(config.tracking.uri)
     try:
         Path(config.storage).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.storage):

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -45,8 +45,9 @@ from ray_jobs.objectives import DENSE as BASELINE
 from ray_jobs.objectives import TIMED, Aims, ConstraintConfig, ObjectiveConfig
 from ray_jobs.progress import SweepProgress
 from ray_jobs.record import COMPLETE, Entry, Record
-from ray_jobs.report import CONSTRAINTS, RATES, Report, read_report
+from ray_jobs.report import Report, read_report
 from ray_jobs.reporting.page import to_html
+from ray_jobs.reporting.recorded import CONSTRAINTS, RATES
 from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.saved import EXTENSIBLE, check_record, follow_move, frozen, is_below, is_free, read_settings
 from ray_jobs.searcher import REJECTIONS, GsaSearcher
@@ -203,7 +204,7 @@ class Sweep:
         data = prepare_same(config.train, sorted((self.folder / "trials").glob("[!.]*")), resume, "train.")
         steps = total_steps(self.space.compose({}), data)
         config.scheduler.refuse_short(steps)
-        tracking = connect(config.train.tracking, config.train.storage)
+        tracking = connect(config.train.tracking, config.train.storage, self.folder)
         self._refuse_namesake(tracking)
         earlier = self._earlier(tracking)
         with locked(self.folder, f"sweep {config.name!r}") as hold, running():
@@ -369,13 +370,15 @@ class Sweep:
         objectives = json.dumps([dataclasses.asdict(o) for o in config.objectives])
         constraints = json.dumps([dataclasses.asdict(c) for c in config.constraints])
         tags = {"gsa.sweep": config.name, OBJECTIVES: objectives, CONSTRAINTS: constraints, **git_tags()}
-        return tracking.start_run(run_key(config.name), config.name, tags=tags | {RATES: json.dumps(budget.rates)})
+        tags[RATES] = json.dumps(budget.rates)
+        resumed = (self.folder / CONFIG).exists()
+        return tracking.start_run(run_key(config.name), config.name, tags=tags, restore=resumed)
 
     def _describe_parent(self, tracking: Tracking, parent: str, data: Prepared) -> None:
         """Log the configuration: as params what can never change, as tags what may."""
         settings = flatten(self.config)
         changing = {key for key in settings if is_free(key)}
-        tracking.log_rows(parent, [], {f"gsa.setting.{key}": str(settings[key]) for key in sorted(changing)})
+        tracking.set_tags(parent, {f"gsa.setting.{key}": str(settings[key]) for key in sorted(changing)})
         tracking.describe(parent, {k: v for k, v in settings.items() if k not in changing}, to_yaml(self.config))
         tracking.describe_data(parent, dataclasses.asdict(self.config.train.data.corpus), data.fingerprint)
         floor = bigram_bits_per_byte(data, self.config.train.evaluation)

@@ -94,7 +94,7 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
     if newest is not None:
         newest.refuse_other(config)
         console.print(f"continuing from step {newest.step} of {total}", highlight=False)
-    tracking = connect(config.tracking, config.storage)
+    tracking = connect(config.tracking, config.storage, folder)
     context = TrainContext(config.name, str(folder), git_tags())
     with locked(folder, f"run {config.name!r}") as hold, running():
         concurrent_runs(fleet(), config.workers, asked=1)
@@ -127,7 +127,7 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
                 logger.error("%s; every metric is in %s, and the same command logs what is missing", late, folder)
     run = tracking.find_run(context.run(entry).key)
     if late or run is None:
-        raise RunError(f"the run is trained, but {tracking.uri} was not told all of it")
+        raise RunError(f"the run is trained, but not all of it is in MLflow: {late or 'its run is not there'}")
     return Finished(str(run.info.run_id), folder, dict(run.data.metrics))
 
 

@@ -13,9 +13,10 @@ from gsa.settings import nearest
 from gsa.tracking import Tracking
 from ray_jobs.objectives import Aims
 from ray_jobs.record import COMPLETE, PAUSED, Entry, Params
+from ray_jobs.reporting.recorded import trials_of
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space
-from ray_jobs.stored import stored_params, stored_sweep
+from ray_jobs.stored import stored_sweep
 
 # what may differ between two trainings whose results are comparable
 FREE = ("name", "storage", "seed", "tracking", "workers")
@@ -52,14 +53,15 @@ def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matchi
         raise RequestError(f"warm_start = {sweep!r}: is not in {tracking.uri}{hint}")
     base, gone = _known(stored_sweep(tracking, parent.info.run_id).train)
     found = Matching([], gone, Counter(), 0)
-    for run in tracking.children(parent.info.run_id):
-        tags, state = run.data.tags, tracking.state(run)
-        if state not in ("finished", "stopped_early") or tags.get("gsa.baseline") == "true" or "gsa.confirms" in tags:
+    trials, _ = trials_of(tracking, parent)
+    for trial in trials:
+        run, state = trial.run, trial.state
+        if state not in ("finished", "stopped_early") or trial.baseline or trial.confirms is not None:
             continue
         found.trials += 1
         data = copy.deepcopy(base)
         try:
-            for key, value in stored_params(run).items():
+            for key, value in trial.params.items():
                 if _exists(key):
                     assign(TrainConfig, data, key, value)
                 elif key not in found.gone:

@@ -15,7 +15,7 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from gsa.spool import Spool
 from gsa.store import TrackingConfig
 from gsa.tracking import connect
-from ray_jobs.mlflow_writer import MlflowLog
+from ray_jobs.mlflow_log import MlflowLog
 from ray_jobs.record import COMPLETE, Entry, Record
 from ray_jobs.runs import TrialContext, run_key
 

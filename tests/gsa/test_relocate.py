@@ -9,7 +9,7 @@ import pytest
 
 from gsa.relocate import relocate
 from gsa.store import TrackingConfig
-from gsa.tracking import Tracking, connect, open_store
+from gsa.tracking import Tracking, connect, open_experiment
 from tests.draw import Draw
 from tests.ray_jobs.fake_sweep import aims, fake_sweep
 
@@ -62,7 +62,7 @@ def read(tracking: Tracking) -> None:
 
 def test_a_moved_store_is_read_and_written_in_its_new_place(moved: tuple[Path, Path]) -> None:
     old, new = moved
-    read(open_store(TrackingConfig(), new))
+    read(open_experiment(TrackingConfig(), new))
     assert places(new) == {True}
     tracking = connect(TrackingConfig(), new)
     run_id = tracking.create_run("k", "more", None, {})
@@ -73,10 +73,10 @@ def test_a_moved_store_is_read_and_written_in_its_new_place(moved: tuple[Path, P
 
 def test_a_copy_has_artifacts_of_its_own_and_the_original_keeps_its(moved: tuple[Path, Path]) -> None:
     old, new = moved
-    read(open_store(TrackingConfig(), new))
+    read(open_experiment(TrackingConfig(), new))
     shutil.copytree(new, old)  # the first place is taken again, by a copy
     for folder in (old, new, old):
-        read(open_store(TrackingConfig(), folder))
+        read(open_experiment(TrackingConfig(), folder))
         assert places(folder) == {True}
 
 

@@ -1,25 +1,21 @@
 """A sweep's runs in a store as a sweep leaves them, with no training."""
 
 import dataclasses
-import functools
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
-from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from gsa.config import TrainConfig, build
-from gsa.store import TrackingConfig
-from gsa.tracking import OBJECTIVES, Tracking, connect
-from ray_jobs.report import CONSTRAINTS, RATES
+from gsa.tracking import OBJECTIVES, Tracking
+from ray_jobs.reporting.recorded import CONSTRAINTS, RATES
 from ray_jobs.runs import run_key
 from ray_jobs.space import Space
 from tests.draw import Draw
+from tests.mlflow_store import new_tracking
 
 BITS, FRACTION, LOSS = "held_out_bits_per_byte", "held_out_selected_fraction", "held_out_loss"
 KIND = "model.attention.controller.kind"
@@ -52,9 +48,7 @@ def fake_sweep(
     confirm: int = 0,
 ) -> Tracking:
     """A sweep with one trial for each of `states`, and a dense baseline."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_empty_store(), folder / "mlflow.db")
-    tracking = connect(TrackingConfig(), folder)
+    tracking = new_tracking(folder)
     base = dataclasses.asdict(build(TrainConfig, {}))
     checked = Space(space or SPACE, base)
     config = {"name": name, "train": base, "space": space or SPACE}
@@ -84,14 +78,6 @@ def fake_sweep(
     _log(tracking, run_id, {step: {BITS: 1.95 + 60 / step, LOSS: 1.4 + 40 / step} for step in STEPS})
     tracking.finish(run_id, "finished")
     return tracking
-
-
-@functools.cache
-def _empty_store() -> Path:
-    """Made once: MLflow takes seconds to make its tables."""
-    path = Path(tempfile.mkdtemp()) / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 def _start(

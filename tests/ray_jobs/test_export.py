@@ -99,7 +99,7 @@ def test_a_table_has_one_row_a_trial(draw: Draw, tmp_path: Path) -> None:
 
 
 def test_a_table_of_no_trials_has_the_columns_of_all(tmp_path: Path) -> None:
-    nothing = Report("fake", aims(BITS), [], {}, [], [], None, "", Importances({}, {}, 0, ""), {}, {}, {}, [], [])
+    nothing = Report("fake", aims(BITS), [], {}, [], [], None, "", Importances({}, {}, 0, ""), {}, {}, {}, [], [], [])
     write_parquet(nothing, tmp_path / "trials.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "trials.parquet")
     assert table.num_rows == 0

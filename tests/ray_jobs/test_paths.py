@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gsa.config import TrainConfig, build, load_config
-from gsa.data.corpus import CorpusConfig, files_of
+from gsa.data.files import find_files
 from gsa.errors import ConfigError
 from gsa.paths import absolute_uri, database_of, sqlite_uri
 from gsa.store import TrackingConfig, store_uri
@@ -16,6 +16,10 @@ from ray_jobs.storage import settle
 
 NAMES = ["plain", "a b", "100%", "a%20b", "[x]", "a[1]*", "~x", "ü", "a'b\"c", "#1", "q?m", "-o", "a=b", "${", "x.y"]
 NAMES.remove("${")  # which no setting may hold: nothing is replaced, and nobody should believe that it is
+
+
+def files_of(pattern: str) -> list[Path]:
+    return [file.path for file in find_files([pattern])]
 
 
 @pytest.fixture
@@ -95,11 +99,11 @@ def test_a_file_of_that_very_name_is_read_and_globs_are_of_the_others(here: Path
     for file in (f"{name}.txt", "b.txt"):
         (folder / file).write_text("text")
     (here / "link").symlink_to(folder)
-    assert files_of(CorpusConfig("text", [str(folder / f"{name}.txt")])) == [folder / f"{name}.txt"]
-    assert files_of(CorpusConfig("text", [f"{here}/link/b.txt"])) == [here / "link/b.txt"]
-    assert len(files_of(CorpusConfig("text", [f"{here}/link/*.txt"]))) == 2
+    assert files_of(str(folder / f"{name}.txt")) == [folder / f"{name}.txt"]
+    assert files_of(f"{here}/link/b.txt") == [here / "link/b.txt"]
+    assert len(files_of(f"{here}/link/*.txt")) == 2
     (here.parent / "home/c.txt").write_text("text")
-    assert files_of(CorpusConfig("text", ["~/c.txt"])) == files_of(CorpusConfig("text", ["~/?.txt"]))
+    assert files_of("~/c.txt") == files_of("~/?.txt")
 
 
 @pytest.mark.parametrize("name", NAMES)
