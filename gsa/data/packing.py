@@ -112,6 +112,7 @@ class Prepared:
     held_out: Windows
     tokenizer: Tokenizer
     fingerprint: str  # of text, tokenizer, split and packing
+    folder: Path  # of the tokens; what else is derived from them alone may be cached there
 
     def at(self, context_length: int | None) -> "Prepared":
         """The same text in windows of another length; None is the same length.
@@ -154,7 +155,7 @@ def prepare(config: DataConfig, cache: Path) -> Prepared:
             raise ConfigError("data.context_length", config.context_length, allowed)
         splits.append(windows)
     packing = f"{key} {config.context_length} {config.attend_across_documents}"
-    return Prepared(splits[0], splits[1], tokenizer, hashlib.sha256(packing.encode()).hexdigest()[:32])
+    return Prepared(splits[0], splits[1], tokenizer, hashlib.sha256(packing.encode()).hexdigest()[:32], folder)
 
 
 def _tokenize(config: DataConfig, found: Survey, folder: Path) -> None:
