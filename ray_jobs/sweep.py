@@ -158,7 +158,11 @@ class Sweep:
         self.space = Space(config.space, self.base)
         self.aims = Aims(config.objectives, config.constraints)
         if config.dense_baseline:
-            self.space.compose(DENSE)
+            try:
+                self.space.compose(DENSE)
+            except ConfigError as error:
+                allowed = f"{error.allowed}; this is the dense baseline, which dense_baseline = false leaves out"
+                raise ConfigError(f"train.{error.key}", error.value, allowed) from error
 
     def run(self) -> Report:
         config = self.config
