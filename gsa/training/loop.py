@@ -120,6 +120,7 @@ class Trainer:
         lengths = {self.plan.context_length(step) for step in range(self.plan.total_steps)}
         self.batches = {length: Shuffled(data.at(length).train, config.seed) for length in lengths}
         self.optimizer = make_optimizer(self.model, training.optimizer)
+        self.parallel: DistributedDataParallel | None = None  # of this stage, where there are several workers
         self.spikes = SpikeCounter()
         self.turns = Turns(Path(tempfile.gettempdir()) / "gsa-turns", _shared(config.workers, self.workers.device))
         self.step = 0
@@ -187,9 +188,9 @@ class Trainer:
 
     def _wrap(self, step: TrainingStep) -> nn.Module:
         freeze(self.model, step.stage)
-        wrapped: nn.Module = step
-        if self.workers.world > 1:
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+        # kept beside the compiled module, which hides it: `no_sync` is DistributedDataParallel's own
+        self.parallel = DistributedDataParallel(step, broadcast_buffers=False) if self.workers.world > 1 else None
+        wrapped: nn.Module = self.parallel or step
         return torch.compile(wrapped) if self.config.training.compile else wrapped  # type: ignore[return-value]
 
     def _optimize(self, forward: nn.Module, measure: bool) -> dict[str, float]:
@@ -204,8 +205,9 @@ class Trainer:
         for i in range(micros):
             batch = self.batches[length].batch(first + i * training.micro_batch_size, training.micro_batch_size)
             last = i + 1 == micros
-            alone = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else None
-            with alone or contextlib.nullcontext(), self.model.autocast():
+            # gradients of all but the last micro-batch stay on this worker: one all-reduce per optimizer step
+            alone = self.parallel.no_sync() if self.parallel is not None and not last else contextlib.nullcontext()
+            with alone, self.model.autocast():
                 losses: Losses = forward(batch.to(workers.device), measure)
                 (losses.total / micros).backward()
             results.append(losses)
