@@ -54,6 +54,10 @@ class TrainConfig:
 
     def check(self, prefix: str = "") -> None:
         check_name(join(prefix, "name"), self.name)
+        if not self.model.has_indexer and not any(s.steps for s in self.training.stages if s.kind != "warmup"):
+            kinds = ", ".join(f"{s.kind} ({s.steps} steps)" for s in self.training.stages)
+            allowed = "a model without an indexer skips warmup stages, so dense or sparse stages must have steps"
+            raise ConfigError(join(prefix, "training.stages"), kinds, allowed)
 
 
 def check_name(key: str, name: str) -> None:

@@ -5,6 +5,7 @@
 - A block passes its selection up to the layers that reuse it.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -20,8 +21,10 @@ from gsa.attention.config import AttentionConfig, Stage
 from gsa.attention.controller import Uncertainty
 from gsa.attention.statistics import Sums
 from gsa.errors import ConfigError, RequestError
+from gsa.evaluation.mode import evaluating
 from gsa.sampling import sample
 from gsa.settings import check, join, setting
+from gsa.training.precision import autocast
 
 # what a layer may set for itself, and the setting of model.attention that it replaces
 LAYER_SETTINGS = {
@@ -83,6 +86,12 @@ class ModelConfig:
                 key = error.key.replace(f"layers[{i}]", "attention") if own is None else f"{prefix}.layers[{i}].{own}"
                 raise ConfigError(key, error.value, error.allowed) from None
 
+    @property
+    def has_indexer(self) -> bool:
+        """Whether some layer selects keys by an indexer of its own: only then is there anything to warm up."""
+        layers = (self.attention_of(i) for i in range(self.num_layers))
+        return any(layer.sparse and not layer.selection.reuse for layer in layers)
+
     def attention_of(self, layer: int) -> AttentionConfig:
         """The attention settings of one layer, its own laid over the common ones."""
         attention = self.attention
@@ -126,16 +135,17 @@ class GSAForCausalLM(nn.Module):
 
     Args:
         config: `vocab_size` must be set.
+        precision: `training.precision`, in which `generate` and evaluations run; `forward` leaves it to its caller.
 
     Raises:
         ConfigError: `vocab_size` is null.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, precision: str = "auto") -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ConfigError("model.vocab_size", None, "must be set to build a model without a tokenizer")
-        self.config = config
+        self.config, self.precision = config, precision
         self.embedding = nn.Embedding(config.vocab_size, config.attention.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.attention.hidden_size, eps=config.norm_eps)
@@ -216,6 +226,8 @@ class GSAForCausalLM(nn.Module):
     ) -> Tensor:
         """Continue `tokens` [B, T], T ≥ 1, by `max_new_tokens` tokens, with a cache: [B, T + max_new_tokens].
 
+        Runs in evaluation mode and in the model's own precision (`autocast`).
+
         Args:
             temperature: 0 takes the most likely token.
             top_p: sample among the fewest tokens that hold this much probability.
@@ -233,14 +245,20 @@ class GSAForCausalLM(nn.Module):
             )
         generator = torch.Generator(tokens.device).manual_seed(seed)
         cache = Cache(self.config.num_layers, tokens.shape[1] + max_new_tokens)
-        training, new = self.training, tokens
-        self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(new, cache=cache)[:, -1]
-            new = sample(logits, temperature, top_p, generator)
-            tokens = torch.cat((tokens, new), dim=1)
-        self.train(training)
+        new = tokens
+        with evaluating(self), self.autocast():
+            for _ in range(max_new_tokens):
+                logits = self(new, cache=cache)[:, -1]
+                new = sample(logits, temperature, top_p, generator)
+                tokens = torch.cat((tokens, new), dim=1)
         return tokens
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of the model's own precision on the device it is on; none where its weights are not fp32."""
+        weight = self.embedding.weight
+        if weight.dtype != torch.float32:
+            return contextlib.nullcontext()
+        return autocast(self.precision, weight.device)
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         """The parameters that the indexer's loss trains: indexers and learned controllers."""

@@ -187,7 +187,11 @@ class Sweep:
         if not (folder / "sweep.yaml").exists():
             self.space.refuse_empty()
         if config.dense_baseline:
-            self.space.compose(DENSE)
+            try:
+                self.space.compose(DENSE)
+            except ConfigError as error:
+                allowed = f"{error.allowed}; this is the dense baseline, which dense_baseline = false leaves out"
+                raise ConfigError(f"train.{error.key}", error.value, allowed) from error
 
     def run(self) -> Report:
         """Run what is left of the sweep.

@@ -1,8 +1,6 @@
-"""Random layers, models and inputs. `GSA_TEST_SEED` repeats a failed test, which prints the seed that it drew."""
+"""Random layers, models and inputs, all of them drawn from one seed (`tests.seeds`)."""
 
-import os
 import random
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +23,7 @@ INDEXERS = ("gated_sigmoid", "sigmoid", "relu")
 class Draw:
     """Draws everything from one seed."""
 
-    def __init__(self) -> None:
-        seed = int(os.environ.get("GSA_TEST_SEED") or secrets.randbelow(2**31))
-        print(f"GSA_TEST_SEED={seed}")
+    def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 

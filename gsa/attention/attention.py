@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,12 @@ from gsa.attention.indexer import Indexer
 from gsa.attention.rope import rope
 from gsa.attention.statistics import Sums, add
 from gsa.errors import ConfigError, RequestError
+
+logger = logging.getLogger(__name__)
+
+Core = Callable[[Parts, Projected, Asked], Attended]
+
+_reported: set[str] = set()  # reasons for which `auto` took PyTorch on a GPU
 
 
 @dataclasses.dataclass
@@ -142,15 +149,27 @@ class GatedSparseAttention(nn.Module):
         parts = Parts(self.config, self.indexer, self.controller, self.training)
         if self.watch is not None:
             self.watch(parts, tokens, asked)
+        return self.choose_core(parts, tokens)(parts, tokens, asked)
+
+    def choose_core(self, parts: Parts, tokens: Projected) -> Core:
+        """The core that `attention.backend` means for these tokens: `attend_chunked` or `attend_fused`.
+
+        Where `auto` takes PyTorch on a GPU, it says why: once per process and reason.
+
+        Raises:
+            RequestError: `backend` is `triton`, and the kernels cannot run this.
+        """
         backend = self.config.backend
         if backend == "torch" or (backend == "auto" and not tokens.q.is_cuda):
-            return attend_chunked(parts, tokens, asked)
+            return attend_chunked
         reason = problem(parts, tokens)
         if reason is None:
-            return attend_fused(parts, tokens, asked)
+            return attend_fused
         if backend == "triton":
             raise RequestError(f"attention.backend = triton: the kernels cannot run layer {self.layer}: {reason}")
-        return attend_chunked(parts, tokens, asked)
+        if not torch.compiler.is_compiling():  # it would cut the graph; the first evaluation, uncompiled, reports it
+            _report_fallback(reason, self.layer)
+        return attend_chunked
 
     def _gate(self, place: str, hidden: Tensor, x: Tensor, means: dict[str, Tensor]) -> Tensor:
         if place not in self.gates:
@@ -158,3 +177,14 @@ class GatedSparseAttention(nn.Module):
         gated: Tensor
         gated, means[place] = self.gates[place](hidden, x)
         return gated
+
+
+def _report_fallback(reason: str, layer: int) -> None:
+    if reason not in _reported:
+        _reported.add(reason)
+        logger.warning(
+            "attention.backend = auto: layer %d attends in PyTorch, not on the kernels: %s; "
+            "attention.backend = torch chooses this, triton refuses it",
+            layer,
+            reason,
+        )

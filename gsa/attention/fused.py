@@ -40,7 +40,8 @@ def problem(parts: Parts, tokens: Projected) -> str | None:
     if not tokens.q.is_cuda and not INTERPRET:
         return f"tensors are on {tokens.q.device.type}"
     if tokens.q.dtype not in (torch.bfloat16, torch.float16) and not (INTERPRET and tokens.q.dtype == torch.float32):
-        return f"tensors are {tokens.q.dtype}: torch.bfloat16 or torch.float16 are needed, by autocast for example"
+        remedy = "set training.precision to auto or bf16, or run it under torch.autocast"
+        return f"tensors are {tokens.q.dtype}: torch.bfloat16 or torch.float16 are needed; {remedy}"
     if config.head_dim not in HEAD_SIZES:
         return f"head_dim = {config.head_dim} is none of {', '.join(map(str, HEAD_SIZES))}"
     if config.sparse and (config.indexer.num_heads > INDEX_HEADS or config.indexer.head_dim > INDEX_SIZE):

@@ -115,6 +115,7 @@ class Prepared:
     held_out: Windows
     tokenizer: Tokenizer
     fingerprint: str  # of text, tokenizer, split and packing
+    folder: Path  # of the tokens; what else is derived from them alone may be cached there
 
     def at(self, context_length: int | None) -> "Prepared":
         """The same text in windows of another length; None is the same length.
@@ -151,7 +152,7 @@ def prepare(config: DataConfig, cache: Path) -> Prepared:
             allowed = f"the {name} text has only {len(tokens)} tokens: must be < {len(tokens)}"
             raise ConfigError("data.context_length", config.context_length, allowed)
         splits.append(windows)
-    return Prepared(splits[0], splits[1], tokenizer, _fingerprint(key, config))
+    return Prepared(splits[0], splits[1], tokenizer, _fingerprint(key, config), folder)
 
 
 def cached_copy(cache: Path, fingerprint: str, config: DataConfig) -> str | None:

@@ -10,7 +10,7 @@ from gsa.data.packing import Prepared, Shuffled
 from gsa.errors import one_line
 from gsa.evaluation.gate import GateError
 from gsa.evaluation.loss import evaluate
-from gsa.training.loop import has_indexer, make_model
+from gsa.training.loop import make_model
 from gsa.training.optimizer import make_optimizer
 from gsa.training.stages import STAGES, freeze
 from gsa.training.step import TrainingStep
@@ -53,20 +53,17 @@ def dry_step(config: TrainConfig, data: Prepared, device: torch.device, force: b
 def _steps(config: TrainConfig, data: Prepared, device: torch.device) -> None:
     model = make_model(config, data).to(device).train()
     optimizer = make_optimizer(model, config.training.optimizer)
-    precision = config.training.precision
-    half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     once = dataclasses.replace(config.evaluation, sequences=config.evaluation.batch_size)
     asked = {(stage.kind, stage.context_length) for stage in config.training.stages if stage.steps}
     for stage, length in ((s, length) for s in STAGES for kind, length in asked if kind == s):
-        if stage == "warmup" and not has_indexer(model):
+        if stage == "warmup" and not config.model.has_indexer:
             continue
         freeze(model, stage)
         text = data.at(length)
         batch = Shuffled(text.train, config.seed).batch(0, config.training.micro_batch_size).to(device)
         step = TrainingStep(model, stage, config.training.checkpoint_activations)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with model.autocast():
             step(batch, measure=True).total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            evaluate(model, text, once, stage, Workers(0, 1, device))
+        evaluate(model, text, once, stage, Workers(0, 1, device))

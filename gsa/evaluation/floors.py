@@ -1,6 +1,8 @@
 """What a language model must beat: a bigram model of the same tokens, on the same held-out text."""
 
+import json
 import math
+import os
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +10,7 @@ import numpy.typing as npt
 from gsa.data.packing import Prepared
 from gsa.evaluation.loss import EvaluationConfig, held_out_sequences
 
+FORMAT = "gsa-bigram-1"
 CHUNK = 1 << 22  # tokens counted at once
 
 Counts = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]  # sorted keys, and how often each occurred
@@ -19,7 +22,25 @@ def bigram_bits_per_byte(data: Prepared, config: EvaluationConfig) -> float:
     Witten-Bell interpolation (Witten and Bell, 1991): p(b | a) = (c(ab) + n(a)·p(b)) / (c(a) + n(a)), where c(ab)
     counts the pair, c(a) the pairs that begin with a, n(a) the different tokens seen after a, and p(b) is the
     unigram frequency with one added to every count. Nothing is tuned.
+
+    Counting takes minutes for a large text, so the result is kept beside the tokens, in a file whose name holds all
+    that it depends on besides them.
     """
+    cached = data.folder / f"bigram-{data.held_out.config.context_length}-{config.sequences}.json"
+    try:
+        held = json.loads(cached.read_bytes())
+    except (FileNotFoundError, ValueError):
+        held = None
+    if isinstance(held, dict) and held.get("format") == FORMAT and isinstance(held.get("bits_per_byte"), float):
+        return float(held["bits_per_byte"])
+    bits = _count(data, config)
+    unfinished = cached.with_name(f".{cached.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps({"format": FORMAT, "bits_per_byte": bits}), encoding="utf-8")
+    unfinished.rename(cached)
+    return bits
+
+
+def _count(data: Prepared, config: EvaluationConfig) -> float:
     vocab = data.tokenizer.vocab_size
     keys, counts = _pairs(data.train.tokens, vocab)
     first = keys // vocab

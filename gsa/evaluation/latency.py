@@ -18,6 +18,7 @@ from gsa.attention.fused import attend_fused, problem
 from gsa.data.packing import Prepared, Windows
 from gsa.errors import RequestError
 from gsa.evaluation.cost_model import modelled_cost
+from gsa.evaluation.mode import evaluating
 from gsa.evaluation.speed import watch_cores
 from gsa.model import GSAForCausalLM
 from kernels import support
@@ -52,15 +53,11 @@ def measure_latency(model: GSAForCausalLM, data: Prepared, target_length: int, r
         raise RequestError(f"latency at target_length = {target_length}, repeats = {repeats}: both must be >= 1")
     device = next(model.parameters()).device
     measured = device.type == "cuda" and support.problem() is None
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if measured:
             tokens = long_text(data.held_out, target_length).to(device)
             return _measured(model, tokens, repeats)
         return _modelled(model, _observed_text(data.held_out, target_length).to(device), target_length)
-    finally:
-        model.train(training)
 
 
 def long_text(windows: Windows, length: int) -> Tensor:
@@ -101,7 +98,7 @@ def _measured(model: GSAForCausalLM, tokens: Tensor, repeats: int) -> dict[str, 
         layers.append(_Timed(times, min(dense.values()), peak))
 
     with torch.cuda.device(tokens.device):
-        watch_cores(model, tokens, see)
+        watch_cores(model, tokens, see, timed=True)
     latency = sum(statistics.median(layer.times) for layer in layers)
     return {
         "attention_latency_ms": latency,

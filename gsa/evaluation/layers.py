@@ -27,6 +27,7 @@ from gsa.attention.selection import Blocks, Queries, share_windows, top_k
 from gsa.attention.statistics import Sums, add, mean_attention, means, selection_sums
 from gsa.data.packing import Prepared
 from gsa.evaluation.loss import EvaluationConfig, held_out_sequences
+from gsa.evaluation.mode import evaluating
 from gsa.model import GSAForCausalLM
 
 SHARES = (8, 16, 32)
@@ -40,7 +41,7 @@ def layer_diagnostics(model: GSAForCausalLM, data: Prepared, config: EvaluationC
     """The table above by layer, on the sequences that `config` evaluates.
 
     Runs in plain PyTorch on the model's device; queries are handled in chunks, so that memory grows with the length
-    of the text and not with its square.
+    of the text and not with its square. The model runs in its own precision.
 
     Args:
         model: a trained model; it is left in the mode it was in.
@@ -51,18 +52,15 @@ def layer_diagnostics(model: GSAForCausalLM, data: Prepared, config: EvaluationC
     layers = [module for module in model.modules() if isinstance(module, GatedSparseAttention)]
     totals: list[Sums] = [{} for _ in layers]
     chosen = held_out_sequences(data, config)
-    training = model.training
-    model.eval()
     try:
-        for first in range(0, len(chosen), config.batch_size):
-            batch = data.held_out.batch(chosen[first : first + config.batch_size]).to(device)
-            _watch(layers, totals)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with evaluating(model), model.autocast():
+            for first in range(0, len(chosen), config.batch_size):
+                batch = data.held_out.batch(chosen[first : first + config.batch_size]).to(device)
+                _watch(layers, totals)
                 model.run(batch.tokens, starts=batch.starts)
     finally:
         for layer in layers:
             layer.watch = None
-        model.train(training)
     return [_named(total) for total in totals]
 
 

@@ -9,6 +9,7 @@ import torch
 from gsa.attention.config import Stage
 from gsa.attention.statistics import Sums, add, means
 from gsa.data.packing import Prepared
+from gsa.evaluation.mode import evaluating
 from gsa.model import GSAForCausalLM
 from gsa.settings import setting
 from gsa.training.step import cross_entropy
@@ -31,30 +32,30 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate on held-out text, the sequences shared out among the workers.
 
+    Runs in evaluation mode and in the model's own precision: training and `gsa eval` measure the same.
+
     Returns:
         `held_out_loss` in nats per token, `held_out_bits_per_byte` of the text, and the attention's statistics on
         the same text (`held_out_selected_fraction` and others, means over layers) with their values by layer
         (`layer_0/mass_kept`, …).
     """
-    model_was_training = model.training
-    model.eval()
     chosen = held_out_sequences(data, config)
     total = torch.zeros(3, dtype=torch.double)  # nats, tokens, bytes
     sums: Sums = {}
     largest = torch.zeros(model.config.num_layers)
     bytes_of = torch.from_numpy(np.asarray(data.tokenizer.token_bytes)).long()
     mine = chosen[workers.rank :: workers.world]
-    for first in range(0, len(mine), config.batch_size):
-        batch = data.held_out.batch(mine[first : first + config.batch_size])
-        on_device = batch.to(workers.device)
-        output = model.run(on_device.tokens, starts=on_device.starts, stage=stage, measure=True)
-        nats = cross_entropy(output.logits, on_device.targets).double().cpu() * batch.targets.numel()
-        total += torch.stack((nats, torch.tensor(batch.targets.numel()), bytes_of[batch.targets].sum()))
-        assert output.max_activation is not None
-        largest = torch.maximum(largest, output.max_activation)
-        add(sums, output.statistics)
+    with evaluating(model), model.autocast():
+        for first in range(0, len(mine), config.batch_size):
+            batch = data.held_out.batch(mine[first : first + config.batch_size])
+            on_device = batch.to(workers.device)
+            output = model.run(on_device.tokens, starts=on_device.starts, stage=stage, measure=True)
+            nats = cross_entropy(output.logits, on_device.targets).double().cpu() * batch.targets.numel()
+            total += torch.stack((nats, torch.tensor(batch.targets.numel()), bytes_of[batch.targets].sum()))
+            assert output.max_activation is not None
+            largest = torch.maximum(largest, output.max_activation)
+            add(sums, output.statistics)
     nats, tokens, text_bytes = workers.sum(total).tolist()
-    model.train(model_was_training)
     metrics = {
         "held_out_loss": nats / tokens,
         "held_out_bits_per_byte": nats / math.log(2) / max(text_bytes, 1),

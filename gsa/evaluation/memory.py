@@ -19,6 +19,7 @@ from gsa.attention.fused import HEAD_SIZES, INDEX_HEADS, INDEX_SIZE, rule_of
 from gsa.attention.gates import PLACES
 from gsa.config import TrainConfig, build
 from gsa.model import GSAForCausalLM, ModelConfig
+from gsa.training.precision import uses_bf16
 from kernels import rows
 from kernels.enclose import Sampling, marked_at_once
 from kernels.rule import Rule
@@ -64,7 +65,7 @@ def estimate(config: TrainConfig, vocab_size: int, device: torch.device) -> Memo
         at = dataclasses.replace(shapes, length=stage.context_length or shapes.length)
         kept, passing = _moment(at, layers, config, count, stage.kind)
         moments.append((trained[stage.kind] * FLOAT * buckets, kept, passing))
-        moments.append((0, 0, _evaluating(at, layers, config)))
+        moments.append((0, 0, _evaluating(at, layers, config, count, stage.kind)))
     gradients, activations, workspace = max(moments, key=sum, default=(0, 0, 0))
     has_state = count if len(kinds) > 1 else max((trained[kind] for kind in kinds), default=0)
     return Memory(count * FLOAT, gradients, 2 * has_state * FLOAT, activations, workspace)
@@ -109,9 +110,8 @@ class Shapes:
 
     @classmethod
     def of(cls, config: TrainConfig, vocab: int, device: torch.device) -> "Shapes":
-        precision, hidden = config.training.precision, config.model.attention.hidden_size
-        half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-        size = 2 if half else FLOAT
+        hidden = config.model.attention.hidden_size
+        size = 2 if uses_bf16(config.training.precision, device) else FLOAT
         return cls(config.training.micro_batch_size, config.data.context_length, hidden, vocab, size, device)
 
     @property
@@ -131,8 +131,9 @@ class Shapes:
         return layer.head_dim in HEAD_SIZES and (fits or not layer.sparse)
 
     def logits(self, trained: bool) -> int:
-        """Logits, their logarithms and, in training, the gradients of both; what is not fp32 is there twice."""
-        copies = (3 if trained else 2) * FLOAT + (2 * self.bytes if self.bytes < FLOAT else 0)
+        """Logits, their logarithms and, in training, the gradients of both; what is not fp32 is there besides."""
+        passes = 2 if trained else 1
+        copies = (1 + passes) * FLOAT + (passes * self.bytes if self.bytes < FLOAT else 0)
         return self.tokens * self.vocab * copies
 
 
@@ -161,15 +162,17 @@ def _moment(
     return kept, max(passing, shapes.logits(trains_model))
 
 
-def _evaluating(shapes: Shapes, layers: list[AttentionConfig], config: TrainConfig) -> int:
-    """What an evaluation holds: one layer's projections and attention, its SwiGLU, or the logits.
-
-    It runs without autocast, and so with torch on a GPU too.
-    """
-    shapes = dataclasses.replace(shapes, batch=config.evaluation.batch_size, bytes=FLOAT, device=torch.device("cpu"))
-    attention = max(_projections(shapes, x) + _attention_workspace(shapes, x, "sparse") for x in layers)
-    swiglu = shapes.tokens * 4 * config.model.intermediate_size * FLOAT
-    return 2 * shapes.residual + max(attention, swiglu, shapes.logits(trained=False))
+def _evaluating(shapes: Shapes, layers: list[AttentionConfig], config: TrainConfig, parameters: int, kind: str) -> int:
+    """What an evaluation after a stage holds, in the precision of training: one layer's projections and attention, its
+    SwiGLU, or the logits."""
+    shapes = dataclasses.replace(shapes, batch=config.evaluation.batch_size)
+    words = shapes.tokens * shapes.length * FLOAT // WORD
+    attention = max(
+        _projections(shapes, x) + _attention_workspace(shapes, x, kind) + words * shapes.fused(x) for x in layers
+    )
+    swiglu = shapes.tokens * 4 * config.model.intermediate_size * shapes.bytes
+    cast = parameters * shapes.bytes if shapes.bytes < FLOAT else 0  # autocast keeps the weights that it has cast
+    return cast + 2 * shapes.residual + max(attention, swiglu, shapes.logits(trained=False))
 
 
 def _block(shapes: Shapes, layer: AttentionConfig, intermediate: int) -> int:
@@ -225,7 +228,8 @@ def _attention_workspace(shapes: Shapes, layer: AttentionConfig, kind: str) -> i
     chunk = shapes.batch * min(layer.query_chunk, shapes.length) * shapes.length * max(comparing, scoring)
     if not shapes.fused(layer):
         return chunk
-    return max(_lists(shapes, layer), chunk + shapes.tokens * shapes.length * (2 * FLOAT + 1))  # words as booleans
+    unpacked = shapes.batch * min(layer.query_chunk + 2 * WORD, shapes.length) * shapes.length  # words as booleans
+    return max(_lists(shapes, layer), chunk + unpacked * (2 * FLOAT + 1))
 
 
 def _lists(shapes: Shapes, layer: AttentionConfig) -> int:

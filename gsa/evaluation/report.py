@@ -5,8 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import torch
-
 from gsa.config import TrainConfig
 from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError
@@ -54,7 +52,7 @@ def trained(source: str, tracking: TrackingConfig, storage: Path) -> tuple[Check
 
 
 def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) -> CheckpointReport:
-    """Evaluate a checkpoint on the held-out text of its own configuration, with sparse attention.
+    """Evaluate a checkpoint on the held-out text and in the precision of its own configuration, with sparse attention.
 
     Args:
         source: a folder, `runs:/<run_id>` or a run id.
@@ -66,13 +64,12 @@ def evaluate_checkpoint(source: str, tracking: TrackingConfig, storage: Path) ->
     found, config, data = trained(source, tracking, storage)
     workers = Workers.current()
     model = checkpoint.load(found).to(workers.device)
-    with torch.no_grad():
-        metrics = evaluate(model, data, config.evaluation, "sparse", workers)
-        retrieval, refused = [], ""
-        try:
-            retrieval = retrieve(model, data, config.data.context_length)
-        except ConfigError as error:
-            refused = str(error)
+    metrics = evaluate(model, data, config.evaluation, "sparse", workers)
+    retrieval, refused = [], ""
+    try:
+        retrieval = retrieve(model, data, config.data.context_length)
+    except ConfigError as error:
+        refused = str(error)
     layers: list[dict[str, float]] = [{} for _ in range(config.model.num_layers)]
     means = {}
     for name, value in metrics.items():

@@ -11,6 +11,7 @@ import torch
 
 from gsa.data.packing import Prepared
 from gsa.errors import ConfigError
+from gsa.evaluation.mode import evaluating
 from gsa.model import GSAForCausalLM
 from gsa.training.step import cross_entropy
 
@@ -35,35 +36,41 @@ def retrieve(
 ) -> list[Retrieval]:
     """The pass-key task at five depths of a context of `context_length` tokens.
 
+    Runs in evaluation mode and in the model's own precision.
+
     Raises:
         ConfigError: the context is too short for the pass key, or the held-out text for the context.
     """
     draw = random.Random(seed)
-    encode, device = data.tokenizer.encode, next(model.parameters()).device
-    longest = len(encode(LINE.format(key="0" * DIGITS))) * 2 + 8
+    longest = len(data.tokenizer.encode(LINE.format(key="0" * DIGITS))) * 2 + 8
     if context_length < 2 * longest:
         raise ConfigError("context_length", context_length, f"must be >= {2 * longest} for the pass-key task")
     if len(data.held_out.tokens) < context_length:
         raise ConfigError("context_length", context_length, f"must be <= {len(data.held_out.tokens)} held-out tokens")
-    results = []
-    for depth in DEPTHS:
-        right, losses = 0, torch.zeros(2, dtype=torch.double)
-        for _ in range(trials):
-            key, other = (str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in range(2))
-            answer = encode(key)
-            question = encode(LINE.partition("{")[0])
-            room = context_length - longest
-            begin = draw.randrange(len(data.held_out.tokens) - room + 1)
-            haystack = [t for t in data.held_out.tokens[begin : begin + room].tolist() if t != data.held_out.start]
-            cut = round(depth * len(haystack))
-            for i, said in enumerate((key, other)):
-                needle = encode(LINE.format(key=said))
-                prompt = [data.held_out.start, *haystack[:cut], *needle, *haystack[cut:], *question]
-                tokens = torch.tensor([prompt + answer], device=device)
-                logits = model(tokens[:, :-1])[:, -len(answer) :]
-                losses[i] += cross_entropy(logits, tokens[:, -len(answer) :]).double().cpu()
-                if i == 0:
-                    # the right tokens before each stand in the prompt: all right means that greedy decoding is
-                    right += bool((logits.argmax(-1) == tokens[:, -len(answer) :]).all())
-        results.append(Retrieval(depth, right / trials, *(losses / trials).tolist()))
-    return results
+    with evaluating(model), model.autocast():
+        return [_at_depth(model, data, draw, depth, context_length - longest, trials) for depth in DEPTHS]
+
+
+def _at_depth(
+    model: GSAForCausalLM, data: Prepared, draw: random.Random, depth: float, room: int, trials: int
+) -> Retrieval:
+    """Results at one depth, in a haystack of `room` tokens."""
+    encode, device = data.tokenizer.encode, next(model.parameters()).device
+    right, losses = 0, torch.zeros(2, dtype=torch.double)
+    for _ in range(trials):
+        key, other = (str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in range(2))
+        answer = encode(key)
+        question = encode(LINE.partition("{")[0])
+        begin = draw.randrange(len(data.held_out.tokens) - room + 1)
+        haystack = [t for t in data.held_out.tokens[begin : begin + room].tolist() if t != data.held_out.start]
+        cut = round(depth * len(haystack))
+        for i, said in enumerate((key, other)):
+            needle = encode(LINE.format(key=said))
+            prompt = [data.held_out.start, *haystack[:cut], *needle, *haystack[cut:], *question]
+            tokens = torch.tensor([prompt + answer], device=device)
+            logits = model(tokens[:, :-1])[:, -len(answer) :]
+            losses[i] += cross_entropy(logits, tokens[:, -len(answer) :]).double().cpu()
+            if i == 0:
+                # the right tokens before each stand in the prompt: all right means that greedy decoding is
+                right += bool((logits.argmax(-1) == tokens[:, -len(answer) :]).all())
+    return Retrieval(depth, right / trials, *(losses / trials).tolist())

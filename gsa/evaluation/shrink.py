@@ -57,7 +57,6 @@ def shrink(config: TrainConfig, vocab_size: int) -> Small:
     model, scale = config.model, _Scale.of(longest)
     layers = [_attention(model.attention_of(i), scale) for i in range(model.num_layers)]
     kept = _distinct(layers)
-    has_indexer = any(layer.sparse and not layer.selection.reuse for layer in layers)
     asked = {stage.kind for stage in with_steps}
     return Small(
         model=dataclasses.replace(
@@ -69,7 +68,7 @@ def shrink(config: TrainConfig, vocab_size: int) -> Small:
             layers=[_layer(layers, kept, i) for i in kept],
         ),
         context_length=scale.tokens,
-        stages=tuple(s for s in STAGES if s in asked and (has_indexer or s != "warmup")),
+        stages=tuple(s for s in STAGES if s in asked and (model.has_indexer or s != "warmup")),
         attend_across_documents=config.data.attend_across_documents,
         checkpoint_activations=config.training.checkpoint_activations,
         layers=tuple(kept),

@@ -11,6 +11,7 @@ from gsa.attention.core import Asked, Parts, Projected
 from gsa.attention.fused import attend_fused, problem
 from gsa.errors import RequestError
 from gsa.model import GSAForCausalLM
+from gsa.training.precision import autocast
 from kernels.bench import Row, dense_times, milliseconds, overlap
 
 
@@ -20,27 +21,36 @@ def layer_rows(model: GSAForCausalLM, tokens: Tensor) -> Iterator[Row]:
     Raises:
         RequestError: the kernels cannot run a layer.
     """
-    for layer, (parts, projected, asked) in enumerate(core_inputs(model, tokens)):
+    for layer, (parts, projected, asked) in enumerate(core_inputs(model, tokens, timed=True)):
         reason = problem(parts, projected)
         if reason is not None:
             raise RequestError(f"layer {layer}: {reason}")
         yield _row(layer, parts, projected, asked)
 
 
-def core_inputs(model: GSAForCausalLM, tokens: Tensor) -> list[tuple[Parts, Projected, Asked]]:
-    """What the core of each layer is given for tokens [B, T], in bf16 on a GPU."""
+def core_inputs(model: GSAForCausalLM, tokens: Tensor, timed: bool = False) -> list[tuple[Parts, Projected, Asked]]:
+    """What the core of each layer is given for tokens [B, T]; `timed` as in `watch_cores`."""
     seen: list[tuple[Parts, Projected, Asked]] = []
-    watch_cores(model, tokens, lambda _, *given: seen.append(given))
+    watch_cores(model, tokens, lambda _, *given: seen.append(given), timed)
     return seen
 
 
-def watch_cores(model: GSAForCausalLM, tokens: Tensor, see: Callable[[int, Parts, Projected, Asked], None]) -> None:
-    """Show what `core_inputs` gives to `see` with the layer's number, layer by layer: none of it need be kept."""
+def watch_cores(
+    model: GSAForCausalLM, tokens: Tensor, see: Callable[[int, Parts, Projected, Asked], None], timed: bool = False
+) -> None:
+    """Show `see` what the core of each layer is given, and the layer's number, layer by layer; none of it need be kept.
+
+    Args:
+        model: in the mode, training or evaluation, in which it is to be seen.
+        tokens: [B, T].
+        see: called before each layer attends.
+        timed: on a GPU compute in bf16, which the kernels need, whatever precision the model was trained in.
+    """
     layers = [module for module in model.modules() if isinstance(module, GatedSparseAttention)]
     try:
         for layer in layers:
             layer.watch = functools.partial(see, layer.layer)
-        with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        with torch.no_grad(), autocast("auto", tokens.device) if timed else model.autocast():
             model.run(tokens)
     finally:
         for layer in layers:

@@ -207,7 +207,7 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def load_checkpoint(source: str | Path) -> GSAForCausalLM:
-    """A trained model, in evaluation mode.
+    """A trained model, in evaluation mode; it generates in the precision that it was trained in.
 
     Args:
         source: a checkpoint folder, a run's folder of checkpoints, or `runs:/<run_id>` of an MLflow run
@@ -220,7 +220,8 @@ def load_checkpoint(source: str | Path) -> GSAForCausalLM:
 
 
 def load(checkpoint: Checkpoint) -> GSAForCausalLM:
-    model = GSAForCausalLM(checkpoint.config().model)
+    config = checkpoint.config()
+    model = GSAForCausalLM(config.model, config.training.precision)
     checkpoint.load_model(model)
     return model.eval()
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from gsa.evaluation.loss import evaluate
 from gsa.model import GSAForCausalLM
 from gsa.settings import setting
 from gsa.training import checkpoint
-from gsa.training.optimizer import OptimizerConfig, clip, make_optimizer, set_learning_rate
+from gsa.training.optimizer import OptimizerConfig, clip, load_optimizer, make_optimizer, set_learning_rate
+from gsa.training.precision import PRECISIONS
 from gsa.training.spikes import SpikeCounter
 from gsa.training.stages import Plan, StageConfig, freeze
 from gsa.training.step import Losses, TrainingStep
@@ -55,7 +56,7 @@ class TrainingConfig:
     batch_size: int = setting(8, "sequences per optimizer step, over all workers", ge=1)
     micro_batch_size: int = setting(8, "sequences per forward on one worker; gradients accumulate", ge=1)
     optimizer: OptimizerConfig = setting(OptimizerConfig, "AdamW and its schedule")
-    precision: str = setting("auto", "auto: bf16 autocast on a GPU", choices=("auto", "fp32", "bf16"))
+    precision: str = setting("auto", "auto: bf16 autocast on a GPU", choices=PRECISIONS)
     checkpoint_activations: bool = setting(False, "recompute blocks in the backward pass to save memory")
     compile: bool = setting(False, "torch.compile the step")
     log_every: int = setting(10, "optimizer steps between logged metrics", ge=1)
@@ -76,23 +77,24 @@ def make_model(config: "TrainConfig", data: Prepared) -> GSAForCausalLM:
     Raises:
         ConfigError: the vocabulary is smaller than the tokenizer's.
     """
+    _set_vocabulary(config, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GSAForCausalLM(config.model, config.training.precision)
+
+
+def total_steps(config: "TrainConfig", data: Prepared) -> int:
+    """Optimizer steps of a run, without building its model; fills in and raises what `make_model` does."""
+    _set_vocabulary(config, data)
+    return Plan(config.training.stages, config.model.has_indexer).total_steps
+
+
+def _set_vocabulary(config: "TrainConfig", data: Prepared) -> None:
     size = data.tokenizer.vocab_size
     if config.model.vocab_size is None:
         config.model.vocab_size = size
     if config.model.vocab_size < size:
         raise ConfigError("model.vocab_size", config.model.vocab_size, f"must be >= the tokenizer's, {size}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return GSAForCausalLM(config.model)
-
-
-def has_indexer(model: GSAForCausalLM) -> bool:
-    return bool(model.indexer_parameters())
-
-
-def total_steps(config: "TrainConfig", data: Prepared) -> int:
-    """Optimizer steps of a run; fills in what `make_model` fills in, and raises what it raises."""
-    return Plan(config.training.stages, has_indexer(make_model(config, data))).total_steps
 
 
 class Trainer:
@@ -115,10 +117,11 @@ class Trainer:
             allowed = f"must be a multiple of workers x micro_batch_size, {self.workers.world} x "
             raise ConfigError("training.batch_size", training.batch_size, f"{allowed}{training.micro_batch_size}")
         self.model = make_model(config, data).to(self.workers.device)
-        self.plan = Plan(training.stages, has_indexer(self.model))
+        self.plan = Plan(training.stages, config.model.has_indexer)
         lengths = {self.plan.context_length(step) for step in range(self.plan.total_steps)}
         self.batches = {length: Shuffled(data.at(length).train, config.seed) for length in lengths}
         self.optimizer = make_optimizer(self.model, training.optimizer)
+        self.parallel: DistributedDataParallel | None = None  # of this stage, where there are several workers
         self.spikes = SpikeCounter()
         self.turns = Turns(Path(tempfile.gettempdir()) / "gsa-turns", _shared(config.workers, self.workers.device))
         self.step = 0
@@ -172,7 +175,7 @@ class Trainer:
             tokens += training.batch_size * (length or self.config.data.context_length)
             if done % self.config.evaluation.every == 0 or done == last:
                 # the attention and the length that the steps so far have trained for, not the next stage's
-                with self.turns.training(), self._autocast():
+                with self.turns.training():
                     metrics |= evaluate(self.model, self.data.at(length), self.config.evaluation, stage, self.workers)
                 logs = True
             if done == last and self.config.evaluation.latency_length and self.workers.first:
@@ -195,9 +198,9 @@ class Trainer:
 
     def _wrap(self, step: TrainingStep) -> nn.Module:
         freeze(self.model, step.stage)
-        wrapped: nn.Module = step
-        if self.workers.world > 1:
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+        # kept beside the compiled module, which hides it: `no_sync` is DistributedDataParallel's own
+        self.parallel = DistributedDataParallel(step, broadcast_buffers=False) if self.workers.world > 1 else None
+        wrapped: nn.Module = self.parallel or step
         return torch.compile(wrapped) if self.config.training.compile else wrapped  # type: ignore[return-value]
 
     def _optimize(self, forward: nn.Module, measure: bool) -> dict[str, float]:
@@ -212,8 +215,9 @@ class Trainer:
         for i in range(micros):
             batch = self.batches[length].batch(first + i * training.micro_batch_size, training.micro_batch_size)
             last = i + 1 == micros
-            alone = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else None
-            with alone or contextlib.nullcontext(), self._autocast():
+            # gradients of all but the last micro-batch stay on this worker: one all-reduce per optimizer step
+            alone = self.parallel.no_sync() if self.parallel is not None and not last else contextlib.nullcontext()
+            with alone, self.model.autocast():
                 losses: Losses = forward(batch.to(workers.device), measure)
                 (losses.total / micros).backward()
             results.append(losses)
@@ -256,12 +260,6 @@ class Trainer:
                 rate = self.config.training.optimizer.learning_rate
                 raise RunError(f"{name} is {metrics[name]} at step {self.step + 1}; learning rate {rate:g}")
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        precision, device = self.config.training.precision, self.workers.device
-        if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-            return torch.autocast(device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
     def _save(self) -> None:
         if self.workers.first:
             state = {
@@ -290,7 +288,7 @@ class Trainer:
         if state["data"] != self.data.fingerprint:
             raise RequestError(f"{newest.folder}: was trained on other text; give the run another name")
         newest.load_model(self.model)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, self.model, state["optimizer"])
         self.spikes.load_state_dict(state["spikes"])
         torch.set_rng_state(state["random"])
         self.step, self.metrics, self.seconds = newest.step, dict(newest.metrics), state["seconds"]

@@ -1,7 +1,8 @@
-"""AdamW in three groups, and its schedule: linear warm-up, then a cosine."""
+"""AdamW in four groups, and its schedule: linear warm-up, then a cosine."""
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,21 +24,45 @@ class OptimizerConfig:
 
 
 def make_optimizer(model: GSAForCausalLM, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Groups: matrices of the model, its other parameters without decay, and the indexer."""
-    indexer = model.indexer_parameters()
-    apart = {id(p) for p in indexer}
-    rest = [p for p in model.parameters() if id(p) not in apart]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "ratio": 1.0},
-        {"params": [p for p in rest if p.ndim < 2], "ratio": 1.0, "weight_decay": 0.0},
-        {"params": indexer, "ratio": config.indexer_ratio},
-    ]
+    """Groups: matrices and other parameters, of the model and of the indexer; only matrices decay."""
+    indexer = {id(p) for p in model.indexer_parameters()}
+    groups: list[dict[str, Any]] = []
+    for of_indexer, ratio in ((False, 1.0), (True, config.indexer_ratio)):
+        named = [(name, p) for name, p in model.named_parameters() if (id(p) in indexer) == of_indexer]
+        groups.append({"params": [(name, p) for name, p in named if p.ndim >= 2], "ratio": ratio})
+        groups.append({"params": [(name, p) for name, p in named if p.ndim < 2], "ratio": ratio, "weight_decay": 0.0})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
+
+
+def load_optimizer(optimizer: torch.optim.AdamW, model: GSAForCausalLM, state: dict[str, Any]) -> None:
+    """Give an optimizer of `make_optimizer` the moments of a saved `state_dict`.
+
+    They are found by the names of their parameters. The groups stay the optimizer's own: a run goes on with the
+    settings that it was saved with, and only the layout of the groups may differ.
+    """
+    own = optimizer.state_dict()
+    saved = [name for group in state["param_groups"] for name in group.get("param_names", ())]
+    place = {name: i for i, name in enumerate(saved or _names_in_three_groups(model))}
+    names = [name for group in own["param_groups"] for name in group["param_names"]]
+    moments = {i: state["state"][place[name]] for i, name in enumerate(names) if place[name] in state["state"]}
+    optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
+
+
+def _names_in_three_groups(model: GSAForCausalLM) -> list[str]:
+    """Parameters in the order of states without names: the model's matrices, its other parameters, the indexer's."""
+    indexer = {id(p) for p in model.indexer_parameters()}
+    named = list(model.named_parameters())
+    rest = [(name, p) for name, p in named if id(p) not in indexer]
+    return [
+        *(name for name, p in rest if p.ndim >= 2),
+        *(name for name, p in rest if p.ndim < 2),
+        *(name for name, p in named if id(p) in indexer),
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -41,6 +41,7 @@ from tests.draw import Draw
 from tests.ray_jobs.fake_sweep import LOSS, aims, fake_sweep
 from tests.ray_jobs.head import Head, running_head
 from tests.ray_jobs.test_bad_input import SPACE, call
+from tests.seeds import seed_of
 from tests.text import tiny
 
 PATIENCE = 30.0  # seconds after which a request hangs
@@ -354,7 +355,7 @@ def files(world: World) -> World:
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     (folder / "linked.yaml").symlink_to(world.services.folder / "settings.json")
     os.mkfifo(folder / "pipe")
-    fake_sweep(folder / "runs", Draw(), ["finished"], aims(LOSS))
+    fake_sweep(folder / "runs", Draw(seed_of("hostile")), ["finished"], aims(LOSS))
     prepare(build(TrainConfig, train).data, folder / "runs/data")
     return world
 

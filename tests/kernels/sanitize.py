@@ -26,6 +26,7 @@ from kernels.attend import attend
 from kernels.select import select
 from tests.draw import CONTROLLERS, Draw
 from tests.kernels.test_gpu_selection import go_the_way
+from tests.seeds import seed_of
 
 
 def selection(draw: Draw) -> None:
@@ -105,5 +106,5 @@ def decoding(draw: Draw) -> None:
 if __name__ == "__main__":
     for check in (selection, attention, layers, decoding):
         if check.__name__ in sys.argv[1:] or not sys.argv[1:]:
-            check(Draw())
+            check(Draw(seed_of(check.__name__)))
             print(check.__name__, flush=True)

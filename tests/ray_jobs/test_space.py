@@ -8,12 +8,14 @@ from typing import Any
 
 import optuna
 import pytest
+from rich.console import Console
 
 from gsa.config import TrainConfig, build, lookup
 from gsa.errors import ConfigError, RequestError
 from ray_jobs.space import Space
-from ray_jobs.sweep import load_sweep
+from ray_jobs.sweep import Sweep, SweepConfig, load_sweep
 from tests.draw import Draw
+from tests.text import tiny
 
 ROOT = Path(__file__).parents[2]
 BASE = dataclasses.asdict(build(TrainConfig, {}, ["model.num_layers=3"]))
@@ -270,3 +272,24 @@ def test_a_combination_that_is_not_allowed_is_refused_when_composed() -> None:
     space = Space(FULL, BASE)
     with pytest.raises(ConfigError, match="k_min"):
         space.compose({"model.attention.controller.k": 1})
+
+
+RATES = {"training.optimizer.learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2}}
+
+
+def test_trials_and_a_dense_baseline_without_any_step_are_refused(tmp_path: Path) -> None:
+    stages = [{"kind": "warmup", "steps": 5}]
+    base = dataclasses.asdict(build(TrainConfig, tiny(tmp_path, training__stages=stages)))
+    space = Space({"model.attention.sparse": {"type": "categorical", "choices": [True, False]}}, base)
+    space.compose({"model.attention.sparse": True})
+    with pytest.raises(ConfigError) as refused:
+        space.compose({"model.attention.sparse": False})
+    assert refused.value.key == "training.stages"
+    config = build(SweepConfig, {"train": tiny(tmp_path, training__stages=stages), "space": RATES})
+    with pytest.raises(ConfigError) as refused:
+        Sweep(config, tmp_path / "sweep", Console(quiet=True))
+    assert refused.value.key == "train.training.stages"
+    assert "dense_baseline = false" in refused.value.allowed
+    assert not (tmp_path / "sweep").exists()
+    config.dense_baseline = False
+    Sweep(config, tmp_path / "sweep", Console(quiet=True))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from gsa.training.steps import steps
 from tests.bench.outage import Server
 from tests.draw import Draw
 from tests.ray_jobs.store import Store
+from tests.seeds import seed_of
 from tests.text import tiny
 from tests.unnamed import UNNAMED, can_be_unnamed
 
@@ -106,8 +106,7 @@ LONG: dict[str, Any] = {"training__stages": [{"kind": "sparse", "steps": 150}], 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A seed, and the folder of a run of it that nothing interrupted: the same for every way to interrupt one."""
-    seed, folder = random.randrange(1000), tmp_path_factory.mktemp("whole")
-    print(f"seed {seed}")
+    seed, folder = seed_of("whole") % 1000, tmp_path_factory.mktemp("whole")
     assert end(start(folder, seed, **LONG))[0] == 0
     return seed, folder
 

@@ -1,8 +1,6 @@
 """The modelled cost orders configurations as measured times do, and counts what the model itself selects."""
 
 import itertools
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,14 +16,14 @@ from gsa.evaluation.cost_model import layer_cost, modelled_cost
 from gsa.evaluation.selections import TILES, Selected, observe
 from gsa.evaluation.speed import core_inputs
 from gsa.model import GSAForCausalLM, LayerConfig, ModelConfig
+from kernels.results import forwards
 from tests.draw import Draw
 
-RESULTS = Path(__file__).parents[3] / "kernels" / "RESULTS.md"
 LONG = 131072
 
 
 class Measured(NamedTuple):
-    """A row of the table of forwards in RESULTS.md."""
+    """A forward of kernels/results.json."""
 
     length: int
     heads: str
@@ -37,23 +35,13 @@ class Measured(NamedTuple):
 
 def measured() -> list[Measured]:
     found = []
-    for line in RESULTS.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if len(cells) != 11 or not re.fullmatch(r"\d+K", cells[0]):
-            continue
-        heads, kv_heads = map(int, cells[1].split("/"))
-        index_heads, size = map(int, cells[2].split(",")[0].split("×"))
-        config = realistic(
-            2048,
-            heads,
-            kv_heads,
-            IndexerConfig(num_heads=index_heads, head_dim=size),
-            share=32 if "windows of 32" in cells[2] else 1,
-            coarse=CoarseConfig(block=32, candidates=8) if "two levels" in cells[2] else None,
-        )
-        together = float(cells[6].rstrip(")").split()[-1])  # without the host where that is given
-        length = 1024 * int(cells[0].removesuffix("K"))
-        found.append(Measured(length, cells[1], config, float(cells[3]), together, float(cells[7])))
+    for row in forwards():
+        coarse = CoarseConfig(row["block"], row["candidates"]) if "block" in row else None
+        indexer = IndexerConfig(num_heads=row["indexer_heads"], head_dim=row["indexer_head_dim"])
+        config = realistic(2048, row["heads"], row["kv_heads"], indexer, row.get("share", 1), coarse)
+        heads = f"{row['heads']}/{row['kv_heads']}"
+        ours = row.get("kernels_ms", row["together_ms"])  # without the host where that is given
+        found.append(Measured(row["length"], heads, config, row["u32"], ours, row["cudnn_ms"]))
     return found
 
 
@@ -90,7 +78,7 @@ def modelled(config: AttentionConfig, length: int, u32: float) -> float:
 
 def test_long_contexts_cost_what_they_were_measured_at() -> None:
     rows = [row for row in measured() if row.length >= 65536]
-    assert len(rows) >= 12
+    assert len(rows) == 13
     for row in rows:
         assert modelled(row.config, row.length, row.u32) == pytest.approx(row.ours, rel=0.3), row
         assert layer_cost(row.config, row.length, None).milliseconds == pytest.approx(row.dense, rel=0.1), row
@@ -113,7 +101,7 @@ def test_what_was_measured_to_be_faster_is_modelled_to_be_faster() -> None:
             both = (modelled(x.config, x.length, x.u32) for x in (one, other))
             assert (one.ours < other.ours) == (next(both) < next(both)), (one, other)
             compared += 1
-    assert compared >= 15
+    assert compared == 27
     for row in measured():
         sparse, dense = modelled(row.config, row.length, row.u32), layer_cost(row.config, row.length, None).milliseconds
         assert (row.ours < row.dense) == (sparse < dense) or not apart(row.ours, row.dense), row

@@ -1,5 +1,6 @@
 """Held-out loss, floors and retrieval, each against the plainest computation of the same number."""
 
+import contextlib
 import math
 from collections import Counter
 from pathlib import Path
@@ -98,12 +99,42 @@ def test_the_bigram_floor_is_witten_bells_on_the_evaluated_windows(
     assert bigram_bits_per_byte(data, config.evaluation) == pytest.approx(bits / text)
 
 
+def test_the_bigram_floor_is_counted_once_for_a_text_and_its_sequences(
+    draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data, _ = made(draw, tmp_path)
+    floor = bigram_bits_per_byte(data, config.evaluation)
+    again = prepare(config.data, tmp_path / "cache")
+    longer = again.at(12)
+    fewer = EvaluationConfig(sequences=2)
+
+    def fail(*given: Any) -> None:
+        raise AssertionError("counted again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(floors, "_pairs", fail)
+        assert bigram_bits_per_byte(again, config.evaluation) == floor
+        for other in ((longer, config.evaluation), (again, fewer)):
+            with pytest.raises(AssertionError, match="counted again"):
+                bigram_bits_per_byte(*other)
+    others = [bigram_bits_per_byte(longer, config.evaluation), bigram_bits_per_byte(again, fewer)]
+    assert len({floor, *others}) == 3
+    (kept,) = data.folder.glob(f"bigram-24-{config.evaluation.sequences}.json")
+    for damaged in ("", "{", "[1.5]", '{"format": "other", "bits_per_byte": 1.5}'):
+        kept.write_text(damaged)
+        assert bigram_bits_per_byte(again, config.evaluation) == floor
+    assert [path for path in data.folder.iterdir() if path.name.startswith(".")] == []
+
+
 class Copier(torch.nn.Module):
     """Knows one thing: what followed the last earlier occurrence of the last six tokens."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
         self.vocab, self.weight = vocab, torch.nn.Parameter(torch.zeros(()))
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         row, logits = tokens[0].tolist(), torch.zeros(1, tokens.shape[1], self.vocab)

@@ -27,7 +27,7 @@ from gsa.evaluation.shrink import Small, shrink
 from gsa.model import GSAForCausalLM, LayerConfig
 from gsa.training.optimizer import make_optimizer
 from gsa.training.stages import freeze
-from gsa.training.step import TrainingStep
+from gsa.training.step import TrainingStep, cross_entropy
 from ray_jobs.space import Space
 from tests.draw import CONTROLLERS, Draw
 from tests.text import tiny
@@ -318,6 +318,38 @@ def test_the_estimate_is_within_a_third_of_what_is_alive(overrides: list[str]) -
     config.training.micro_batch_size = 2
     estimated, peak = estimate(config, 3000, CPU).total, peak_of_training(config, 3000)
     assert 0.75 < estimated / peak < 1.33, f"{estimated} estimated, {peak} alive"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("overrides", [[], ["data.context_length=64", "model.attention.query_chunk=16"]])
+def test_an_evaluation_is_estimated_in_the_precision_it_runs_in(precision: str, overrides: list[str]) -> None:
+    config = config_of("evaluation.batch_size=16", f"training.precision={precision}", *overrides)
+    config.training.micro_batch_size, config.model.vocab_size = 1, 3000
+    with Alive() as alive:
+        model = GSAForCausalLM(config.model, precision).eval()
+        tokens = torch.randint(3000, (16, config.data.context_length))
+        starts = torch.zeros_like(tokens)
+        with torch.no_grad(), model.autocast():
+            cross_entropy(model.run(tokens, starts=starts, measure=True).logits, tokens)
+    estimated = estimate(config, 3000, CPU)
+    held = estimated.parameters + estimated.workspace
+    assert estimated.gradients == estimated.activations == 0  # the evaluation needs most
+    assert 0.75 < held / alive.peak < 1.33, f"{held} estimated, {alive.peak} alive"
+
+
+def test_an_evaluation_on_a_gpu_takes_what_the_kernels_take() -> None:
+    gpu = torch.device("cuda")
+    config = config_of("data.context_length=4096", "evaluation.batch_size=64", "model.num_layers=1")
+    by_precision = {}
+    for precision in ("auto", "bf16", "fp32"):
+        config.training.precision = precision
+        by_precision[precision] = estimate(config, 257, gpu)
+        assert (by_precision[precision] == estimate(config, 257, CPU)) == (precision == "fp32")
+    assert by_precision["auto"] == by_precision["bf16"]
+    # bf16 logits, their logarithms in fp32: at a large vocabulary they are all that counts
+    config.training.precision, config.model.vocab_size = "auto", 100_000
+    tokens = 64 * 4096
+    assert estimate(config, 257, gpu).workspace == pytest.approx(tokens * 100_000 * (2 + 2 * 4), rel=0.01)
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers_and_the_setting_that_would_help() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def text(draw: Draw, across: bool) -> Prepared:
     config = DataConfig(context_length=LENGTH, attend_across_documents=across)
     windows = Windows(tokens.numpy().astype(np.uint16), 0, config)
     nothing: Any = None
-    return Prepared(windows, windows, nothing, "")
+    return Prepared(windows, windows, nothing, "", Path())
 
 
 def inputs(model: GSAForCausalLM, data: Prepared) -> list[tuple[GatedSparseAttention, Projected]]:

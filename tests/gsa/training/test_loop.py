@@ -13,17 +13,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gsa.config import TrainConfig, build
 from gsa.data.packing import prepare
 from gsa.errors import ConfigError, RequestError, RunError
+from gsa.model import GSAForCausalLM, LayerConfig, ModelConfig
 from gsa.training import checkpoint
-from gsa.training.loop import Trainer
+from gsa.training.loop import Trainer, total_steps
+from gsa.training.step import TrainingStep
 from gsa.training.steps import PREFIX, steps
 from tests.draw import CONTROLLERS, Draw
+from tests.gsa.training.test_schedule import adamw_of_three_groups
 from tests.text import tiny
 
 Logged = list[tuple[int, dict[str, float]]]
@@ -214,6 +218,54 @@ def test_resuming_from_any_checkpoint_equals_the_uninterrupted_run(draw: Draw, t
         assert untimed(later) == expected
 
 
+def test_a_run_that_was_saved_with_three_groups_of_parameters_goes_on(draw: Draw, tmp_path: Path) -> None:
+    """Without weight decay the groups make no difference: it ends where the uninterrupted run does."""
+    data = tiny(tmp_path, draw.random.randrange(1000), training__optimizer__weight_decay=0.0)
+    whole, _ = train(data, tmp_path / "whole")
+    before = trainer_of(data, tmp_path / "parts")
+    before.optimizer = adamw_of_three_groups(before.model, before.config.training.optimizer)
+    before.train(lambda step, metrics: None, until=10)
+    resumed, _ = train(data, tmp_path / "parts")
+    assert resumed.step == whole.step
+    assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_reduced_once_for_each_optimizer_step(
+    draw: Draw, tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many micro-batches a step has, compiled or not; the model is so small that one all-reduce holds it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    data = tiny(tmp_path, draw.random.randrange(1000), training__stages=[{"kind": "dense", "steps": 2}])
+    data["model"] |= {"num_layers": 1}
+    data["training"] |= {"batch_size": 6, "micro_batch_size": 1, "compile": compiled}  # three forwards on each worker
+    reduced: list[int] = []
+
+    def count(bucket: Any) -> torch.futures.Future[Tensor]:
+        reduced.append(trainer.step)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    # this process is one of two, of which the other only seems to be there
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        trainer = trainer_of(data, tmp_path / "run")
+        wrap = trainer._wrap
+
+        def counted(step: TrainingStep) -> nn.Module:
+            forward = wrap(step)
+            assert trainer.parallel is not None
+            trainer.parallel.register_comm_hook(None, lambda state, bucket: count(bucket))
+            return forward
+
+        monkeypatch.setattr(trainer, "_wrap", counted)
+        trainer.train(lambda step, metrics: None)
+    finally:
+        dist.destroy_process_group()
+    assert reduced == [0, 1]
+
+
 SCRIPT = """
 import json, sys, yaml
 from pathlib import Path
@@ -326,3 +378,35 @@ def test_a_run_does_not_go_on_with_other_text(draw: Draw, tmp_path: Path) -> Non
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(draw: Draw, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 100: must be >= the tokenizer's, 257"):
         trainer_of(tiny(tmp_path, 0, model__vocab_size=100), tmp_path / "a")
+
+
+def test_the_number_of_steps_needs_no_model(draw: Draw, tmp_path: Path) -> None:
+    data = tiny(tmp_path, draw.random.randrange(1000))
+    data["model"] |= {"intermediate_size": 10**12, "num_layers": 500}  # such a model could not be built
+    config = build(TrainConfig, data)
+    prepared = prepare(config.data, tmp_path / "cache")
+    assert total_steps(config, prepared) == 12
+    assert config.model.vocab_size == 257
+    config.model.attention.sparse = False
+    assert total_steps(config, prepared) == 8
+    config.model.vocab_size = 100
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 100: must be >= the tokenizer's, 257"):
+        total_steps(config, prepared)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_configuration_knows_whether_its_model_has_an_indexer(draw: Draw, sparse: bool) -> None:
+    attention = draw.config()
+    attention.sparse = sparse
+    for layers in ([], [LayerConfig(sparse=True)], [LayerConfig(sparse=False)], [LayerConfig(sparse=False)] * 2):
+        config = ModelConfig(num_layers=2, vocab_size=5, attention=attention, layers=layers)
+        assert config.has_indexer == bool(GSAForCausalLM(config).indexer_parameters())
+
+
+def test_a_dense_model_with_nothing_but_warmup_is_refused_by_its_stages(tmp_path: Path) -> None:
+    data = tiny(tmp_path, training__stages=[{"kind": "dense", "steps": 0}, {"kind": "warmup", "steps": 3}])
+    build(TrainConfig, data)
+    data["model"]["attention"]["sparse"] = False
+    with pytest.raises(ConfigError) as refused:
+        build(TrainConfig, data)
+    assert (refused.value.key, refused.value.value) == ("training.stages", "dense (0 steps), warmup (3 steps)")
