@@ -12,6 +12,7 @@ from gsa.store import TrackingConfig
 from gsa.tracking import Tracking, connect, open_experiment
 from tests.draw import Draw
 from tests.ray_jobs.fake_sweep import aims, fake_sweep
+from tests.seeds import seed_of
 
 LOSS = aims("held_out_loss")
 
@@ -20,7 +21,7 @@ LOSS = aims("held_out_loss")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage folder with one sweep, whose best trial is a registered model."""
     folder = tmp_path_factory.mktemp("template") / "my runs"
-    tracking = fake_sweep(folder, Draw(), ["finished"], LOSS)
+    tracking = fake_sweep(folder, Draw(seed_of("relocate")), ["finished"], LOSS)
     best = next(run for run in tracking.runs() if "gsa.objectives" not in run.data.tags)
     (folder / "checkpoint.json").write_text("{}")
     tracking.upload(best.info.run_id, folder / "checkpoint.json", "checkpoint")

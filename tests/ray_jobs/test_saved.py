@@ -18,6 +18,7 @@ from ray_jobs.saved import check_record, frozen
 from ray_jobs.sweep import Sweep, load_sweep, resume_sweep
 from tests.draw import Draw
 from tests.ray_jobs.play import LOSS, RATE, SPACE, play, searcher_of
+from tests.seeds import seed_of
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
 
@@ -37,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byte
     (found / "sweep.yaml").write_text(to_yaml(config))
     record = Record(found / "record.jsonl")
     record.begin(frozen(config))
-    play(searcher_of(record.path, [LOSS], samples=5), Draw(), 12, faults=False)
+    play(searcher_of(record.path, [LOSS], samples=5), Draw(seed_of("saved")), 12, faults=False)
     return found, {file.name: file.read_bytes() for file in found.iterdir()}
 
 
