@@ -72,7 +72,7 @@ def check(path: Path) -> Checked:
         root = plain.compose(text, first=True)
         config = plain.construct(root)
     except plain.PlainError as error:
-        return Checked([Problem(error.line, "", f"is not YAML that is taken ({error})")], [], None)
+        return Checked([Problem(error.line, "", f"is not YAML that can be read as plain data ({error})")], [], None)
     if not isinstance(config, dict):
         return Checked([Problem(1, "", "must be a mapping")], [], None)
     found = [
