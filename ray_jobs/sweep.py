@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, to_yaml
+from gsa.config import TrainConfig, build, check_name, flatten, lookup, parse_override, read_yaml, to_yaml
 from gsa.data.packing import Prepared, prepare
 from gsa.errors import ConfigError, RequestError, RunError
 from gsa.evaluation.floors import bigram_bits_per_byte
@@ -31,6 +31,7 @@ from gsa.training.loop import total_steps
 from ray_jobs.budget import Budget, BudgetConfig
 from ray_jobs.capacity import worker_resources
 from ray_jobs.cluster import concurrent_runs, fleet, running, worker_memory
+from ray_jobs.commands import at_storage, gsa
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.halving import Halving, SchedulerConfig
 from ray_jobs.mlflow_writer import MlflowWriter
@@ -96,22 +97,34 @@ class SweepConfig:
                 raise ConfigError(f"constraints[{i}].relative_to", "dense", "needs dense_baseline = true")
 
 
-def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+def load_sweep(path: str | Path, overrides: list[str] | None = None, storage: str | None = None) -> SweepConfig:
     """Read the configuration of a sweep that is to run here.
 
+    Args:
+        path: a YAML file.
+        overrides: `key=value` strings.
+        storage: the folder of runs, in place of `train.storage`.
+
     Raises:
-        RequestError: as `gsa.config.load_config`.
+        RequestError: as `gsa.config.load_config`; or an override sets another folder than `storage`.
     """
-    config = read_sweep(path, overrides)
+    config = read_sweep(path, overrides, storage)
     settle(config.train, "train.storage")
     return config
 
 
-def read_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+def read_sweep(path: str | Path, overrides: list[str] | None = None, storage: str | None = None) -> SweepConfig:
     """Read a sweep's configuration; its paths may be those of another machine."""
     data = read_yaml(Path(path))
     data.setdefault("name", Path(path).stem)
-    return build(SweepConfig, data, overrides)
+    config = build(SweepConfig, data, overrides)
+    if storage is not None:
+        for key, value in map(parse_override, overrides or []):
+            given = value if key == "train.storage" else lookup({key: value}, "train.storage")
+            if given is not None and os.path.abspath(str(given)) != os.path.abspath(storage):
+                raise ConfigError("train.storage", given, f"is not what --storage {storage} says; give one of them")
+        config.train.storage = storage
+    return config
 
 
 def run_sweep(config: SweepConfig, console: Console) -> Report:
@@ -192,7 +205,8 @@ class Sweep:
                 tracking.finish(parent, "killed", "interrupted")
                 raise KeyboardInterrupt
             if late:
-                again = f"gsa sweep --resume {config.name}"
+                options = {"--resume": config.name, **at_storage(config.train.storage)}
+                again = gsa("sweep", options=options)
                 raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
             return self._conclude(tracking, parent, record)
 
@@ -224,7 +238,9 @@ class Sweep:
             # it only waits for its workers, which ask for theirs; `concurrent` keeps room for them
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
         total = config.num_samples + config.dense_baseline + config.confirm.best * config.confirm.seeds
-        progress = SweepProgress(record, config.objectives, total, steps, self.console)
+        progress = SweepProgress(
+            record, config.objectives, total, config.num_samples, steps, searcher.halving, self.console
+        )
         begin(self.folder / "trials")
         release_dead(self.folder / "trials")
         try:
