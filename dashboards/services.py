@@ -415,9 +415,8 @@ def _run(what: str, folder: Path, port: int | None) -> None:
         services.start()
         env = os.path.relpath(services.folder / "mlflow.env")
         print(f"MLflow: {services.uri}, user gsa; its password is in {env}")
-        print(
-            f"next: {shlex.join(['source', env])}    # sweeps and gsa commands of this shell now use it; so does the browser's login"
-        )
+        source = shlex.join(["source", env])
+        print(f"next: {source}    # sweeps and gsa commands of this shell now use it; so does the browser's login")
     elif what == "stop":
         services.stop()
     for name in SERVERS:

@@ -9,6 +9,8 @@ import contextlib
 import json
 import logging
 import math
+import re
+import shlex
 import subprocess
 import tempfile
 import time
@@ -17,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -275,10 +278,23 @@ def connect(config: TrackingConfig, storage: str | Path) -> Tracking:
         if found is None:
             return Tracking(uri, client.create_experiment(config.experiment, artifact_location=artifacts))
     except MlflowException as error:
-        raise RequestError(f"tracking.uri = {uri!r}: {error.message.splitlines()[0]}") from error
+        reason = _other_schema(error.message, uri) or error.message.splitlines()[0]
+        raise RequestError(f"tracking.uri = {uri!r}: {reason}") from error
     except (SQLAlchemyError, ValueError) as error:
         raise RequestError(f"tracking.uri = {uri!r}: is not a store of MLflow's ({one_line(error)[:200]})") from error
     return Tracking(uri, found.experiment_id)
+
+
+def _other_schema(message: str, uri: str) -> str:
+    """What to do with a database that another version of MLflow has made, where MLflow's error says so."""
+    found = re.search(r"found version (\w+), but expected", message)
+    if found is None:
+        return ""
+    migrations = Path(mlflow.__file__).parent / "store/db_migrations/versions"
+    if not list(migrations.glob(f"{found[1]}_*.py")):
+        return f"was made by a later MLflow than {mlflow.__version__}, which is installed here: install that one"
+    upgrade = shlex.join(["mlflow", "db", "upgrade", uri])
+    return f"was made by an earlier MLflow; after a backup, bring it up to date: {upgrade}"
 
 
 def _mlflow_name(key: str) -> str:

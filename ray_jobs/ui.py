@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 
 from gsa.errors import RequestError, RunError, one_line
-from ray_jobs.commands import gsa
 from ray_jobs.signals import stops_go_to
 
 HOST = "127.0.0.1"
@@ -73,10 +72,10 @@ def refuse_taken(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except PermissionError:
-            allowed = f"needs root; {gsa('ui', options={'--port': 5001})} needs none"
+            allowed = "needs root; try --port 5001"
         except OSError as error:
             another = port + 1 if port < 65535 else 5001
-            allowed = f"cannot be used ({one_line(error.strerror)}); try {gsa('ui', options={'--port': another})}"
+            allowed = f"cannot be used ({one_line(error.strerror)}); try --port {another}"
         else:
             return
     raise RequestError(f"--port {port}: {allowed}")

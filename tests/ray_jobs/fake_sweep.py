@@ -53,7 +53,7 @@ def fake_sweep(
 ) -> Tracking:
     """A sweep with one trial for each of `states`, and a dense baseline."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_empty_store(), folder / "mlflow.db")
+    shutil.copyfile(empty_store(), folder / "mlflow.db")
     tracking = connect(TrackingConfig(), folder)
     base = dataclasses.asdict(build(TrainConfig, {}))
     checked = Space(space or SPACE, base)
@@ -87,7 +87,7 @@ def fake_sweep(
 
 
 @functools.cache
-def _empty_store() -> Path:
+def empty_store() -> Path:
     """Made once: MLflow takes seconds to make its tables."""
     path = Path(tempfile.mkdtemp()) / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
