@@ -20,6 +20,12 @@ def unreachable(url: str, timeout: float = 5.0) -> str:
     return f"answer {answer.status_code}{proxy}" if proxy and answer.status_code in PROXY_FAILED else ""
 
 
+def why_no_hub(error: Exception) -> str:
+    """What an error of the Hugging Face hub says, with the proxy in the way where it is one of the connection."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return f"{one_line(error)}{proxy_in_the_way(hub) if isinstance(error, ConnectionError) else ''}"
+
+
 def proxy_in_the_way(url: str) -> str:
     """The variable of the environment that sends requests for a URL to a proxy, and what to do; empty without one.
 

@@ -1,6 +1,7 @@
 """Every command and every block of code in the project's Markdown is run here, or by a test that is named for it."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray.scripts.scripts
 import typer
 import yaml
 
@@ -110,6 +110,8 @@ def test_our_own_commands_take_what_is_written(line: str) -> None:
 
 @pytest.mark.parametrize("line", sorted({f.text for f in FOUND if re.match(r"ray \w+ \S", f.text)}))
 def test_rays_own_commands_have_these_options(line: str) -> None:
+    import ray.scripts.scripts
+
     _, *words = shlex.split(line.removesuffix("&"))
     command: Any = ray.scripts.scripts.cli
     while hasattr(command, "commands"):
@@ -137,13 +139,6 @@ def test_every_make_target_exists_and_runs_what_is_said() -> None:
             ["make", "-n", "-o", ".venv/installed", target], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert words in dry.stdout
-    assert (
-        "-m mypy" in dry.stdout
-        or "mypy"
-        in subprocess.run(
-            ["make", "-n", "-o", ".venv/installed", "test"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-    )
 
 
 @pytest.mark.parametrize("path", [p for p in files() if "python -m tests." in p.read_text()], ids=lambda p: p.stem)
@@ -218,8 +213,7 @@ def test_commands_on_the_results_of_a_sweep(
     assert call(capsys, *shlex.split(text("gsa report quickstart --html"))[1:])[0] == 0
     assert "<html" in (world / "report.html").read_text()
     usage = text("gsa report SWEEP")
-    options = dict(re.findall(r"\[(--\w+)(?: \w+)?\]", usage) and re.findall(r"\[(--\w+) ?(\w*)\]", usage))
-    assert set(options) == {"--json", "--html", "--parquet", "--optuna"}
+    assert re.findall(r"\[(--\w+)", usage) == ["--json", "--html", "--parquet", "--optuna"]
     code, output, _ = call(
         capsys, "report", "quickstart", "--json", "--parquet", "t.parquet", "--optuna", "sqlite:///study.db"
     )
@@ -291,16 +285,10 @@ def test_the_example_of_a_search_is_one(world: Path) -> None:
     shutil.copy(ROOT / "configs/train/tiny.yaml", world / "configs/train/whole.yaml")
     path.write_text(path.read_text().replace("../train/tiny.yaml", "../train/whole.yaml"))
     config = read_sweep(path)
-    space = Space(config.space, read_train(config))
+    space = Space(config.space, dataclasses.asdict(config.train))
     assert len(space.dimensions) == 4  # the kind, k, and one share for each of two layers
     assert (config.confirm.best, config.confirm.seeds, config.budget.gpu_hours) == (3, 3, 100)
     assert config.warm_start == "an-earlier-sweep"
-
-
-def read_train(config: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(config.train)
 
 
 def test_our_cluster_file_and_quickstart_fit(

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gsa.errors import ConfigError, RequestError, one_line
+from gsa.errors import ConfigError, RequestError
+from gsa.reach import why_no_hub
 from gsa.settings import nearest, setting
 
 SOURCES = ("python_stdlib", "text", "json", "parquet", "hub")
@@ -207,7 +208,7 @@ def _rows(config: CorpusConfig) -> Iterator[Document]:
         raise
     except (DatasetsError, ArrowException, OSError, ValueError) as error:
         # the library's own kinds of errors for what it cannot find, reach or parse
-        raise ConfigError(key, value, f"cannot be read as {config.source}: {one_line(error)}") from error
+        raise ConfigError(key, value, f"cannot be read as {config.source}: {why_no_hub(error)}") from error
 
 
 def _refuse_unreadable(paths: list[str], source: str) -> None:
@@ -245,7 +246,7 @@ def _identity(config: CorpusConfig) -> str:
         try:
             builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
         except (DatasetsError, OSError, ValueError) as error:
-            reason = one_line(error)
+            reason = why_no_hub(error)
             raise ConfigError("data.corpus.name", config.name, f"cannot be loaded: {reason}") from error
         parts.append(builder.cache_dir)  # names the version and the hash of the data files
     else:

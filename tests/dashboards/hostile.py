@@ -424,7 +424,7 @@ COMMANDS = [
     *(Line(("eval", source, "--storage", "{folder}/runs"), "") for source in SOURCES),
     Line(("eval", "0" * 32, "--storage", "{folder}/runs"), "0" * 32),
     *(
-        Line(("report", "fake", "--tracking-uri", uri, "--storage", "{folder}/runs"), word)
+        Line(("report", "fake", "--tracking-uri", uri), word)
         for uri, word in (
             ("sqlite:///{canary}", "sqlite:///"),
             ("sqlite:////nowhere/x.db", "no runs are stored there"),

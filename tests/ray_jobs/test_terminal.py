@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gsa.evaluation.layers import SHARES
 from gsa.evaluation.report import CheckpointReport
 from gsa.evaluation.retrieval import Retrieval
 from ray_jobs import bench, checkpoint_tables, leaderboard, proposal
@@ -94,7 +95,7 @@ def test_a_proposal_keeps_every_column(width: int) -> None:
         "k_mean": 1,
         "selected_fraction": 1,
     }
-    row |= {f"share_{share}_lost": 0.0123 for share in proposal.SHARES}
+    row |= {f"share_{share}_lost": 0.0123 for share in SHARES}
     found = proposal.Proposal({"model.layers[0].k": {"type": "int", "low": 1, "high": 2}}, {}, [row], ["k from 1 to 2"])
     lines = printed(proposal.show, found, width)
     words = [word for line in lines if line.split()[:1] == ["0"] for word in line.split()]
