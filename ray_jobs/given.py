@@ -3,6 +3,7 @@
 Every refusal says what the path is and which command takes it.
 """
 
+import codecs
 import difflib
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def _wrong_file(path: Path, wanted: str) -> str:
         return ""  # a pipe or a device, which its reader refuses unread
     with path.open("rb") as file:
         head = file.read(HEAD)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "is text in UTF-16; save it as UTF-8"
     if b"\0" in head:
         kind = "MLflow's database" if head.startswith(b"SQLite format 3\0") else "binary"
         return f"is {kind}, not a configuration file{_checkpoint_around(path)}"

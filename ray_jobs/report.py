@@ -3,6 +3,7 @@ the parameters, learning curves, what each layer selects, and cost."""
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run
@@ -55,7 +56,8 @@ def read_report(tracking: Tracking, sweep: str) -> Report:
     parent = tracking.find_run(run_key(sweep))
     if parent is None:
         known = sorted(tracking.sweeps())
-        hint = nearest(sweep, known) or (f"; known: {', '.join(known)}" if known else "")
+        close = nearest(sweep, known) or nearest(Path(sweep).stem, known)  # the path of its folder, or of its file
+        hint = close or (f"; known: {', '.join(known)}" if known else "")
         raise RequestError(f"sweep {sweep!r}: is not in {tracking.uri}{hint}")
     tags = parent.data.tags
     objectives, constraints = json.loads(tags[OBJECTIVES]), json.loads(tags.get(CONSTRAINTS, "[]"))

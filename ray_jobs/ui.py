@@ -116,14 +116,14 @@ def _keep(command: list[str]) -> int:
     closed = threading.Event()
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever written: it ends when the pipe closes
         closed.set()
         os.killpg(0, signal.SIGTERM)
         time.sleep(GRACE)
         os.killpg(0, signal.SIGKILL)
 
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # its own, which goes to the whole family
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     threading.Thread(target=watch, daemon=True).start()
     code = server.wait()
     if closed.is_set():

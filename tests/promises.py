@@ -8,6 +8,8 @@ HERE = "tests/test_readme.py"
 SWEEP, TRAIN, SUBMIT = "tests/ray_jobs/test_sweep.py", "tests/ray_jobs/test_train.py", "tests/ray_jobs/test_submit.py"
 BAD, SERVICES = "tests/ray_jobs/test_bad_input.py", "tests/dashboards/test_services.py"
 
+PRINTED = "tests/ray_jobs/test_commands.py"
+
 QUICKSTART = f"{HERE}::test_the_first_commands_of_a_new_user"
 RESULTS = f"{HERE}::test_commands_on_the_results_of_a_sweep"
 TARGET = f"{HERE}::test_every_make_target_exists_and_runs_what_is_said"
@@ -114,6 +116,13 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{TRAIN}::test_a_run_that_fails_says_why_and_ends_as_failed",
         f"{BAD}::test_a_wrong_setting_of_a_sweep",
         INTERRUPTED,
+    ),
+    "or in the folder that `--storage` names": (f"{PRINTED}::test_storage_of_a_new_sweep_is_where_it_runs",),
+    "Commands that are printed can be pasted; an option that would have no effect is refused.": (
+        f"{PRINTED}::test_the_command_line_gives_back_what_a_printed_command_was_made_of",
+        f"{PRINTED}::test_no_command_is_printed_but_through_the_one_function",
+        f"{PRINTED}::test_an_option_without_an_effect_is_refused",
+        OWN_TEXT,
     ),
     "Text files, JSON lines, parquet or a dataset of the Hugging Face hub": (HUB, OWN_TEXT),
     "**Layers in groups**": (

@@ -27,6 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my run.yaml").write_text("training: {batch_size: 2}\n")
     (tmp_path / "cluster.yaml").write_text("cluster_name: x\nprovider: {type: aws}\n")
     (tmp_path / "texts/a.txt").write_text("hello\n")
+    (tmp_path / "texts/notepad.yaml").write_text("model: {}\n", encoding="utf-16")
     return tmp_path
 
 
@@ -56,13 +57,14 @@ WRONG = [
     ),
     ("doctor --cluster configs/sweep/wide.yaml", "is a sweep's configuration, not a cluster's file"),
     ("doctor --cluster cluster.yaml --sweep configs/train/tiny.yaml", "is a training configuration, not a sweep's"),
+    ("train texts/notepad.yaml", "is text in UTF-16; save it as UTF-8"),
     ("train texts/a.txt", "must hold a mapping of settings, not str"),
     ("eval tiny", "is not a checkpoint; did you mean 'runs/train/tiny'?"),
     ("eval runs", "a storage folder, with checkpoints in runs/train/tiny"),
     ("eval runs/sweeps/big", "but the folder of a sweep; to see its trials: gsa report big"),
     ("eval runs/train/tiny/step-00000010/model.safetensors", "but a file; it belongs to a checkpoint"),
     ("eval configs/train/tiny.yaml", "but a file; give its folder, a run id or runs:/RUN_ID"),
-    ("propose texts", "is not a checkpoint: has no step-*/checkpoint.json"),
+    ("propose texts", "is not a checkpoint; it has texts/notepad.yaml"),
 ]
 
 
