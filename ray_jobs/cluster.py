@@ -13,12 +13,12 @@ import psutil
 import ray
 import yaml
 from ray._common.usage.usage_constants import KUBERAY_ENV
-from ray._private.authentication.authentication_token_setup import _enable_token_auth
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gsa.errors import ConfigError, RequestError, one_line
 from gsa.training.workers import WorkersConfig
 from ray_jobs.capacity import Fleet, NodeType, configured_fleet
+from ray_jobs.tokens import use_a_token
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def running() -> Iterator[None]:
             raise RequestError(f"RAY_ADDRESS = {address!r}: no cluster to join ({one_line(error)}); {hint}") from error
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if "RAY_AUTH_MODE" not in os.environ:
-            _enable_token_auth()  # as `ray.init` would, which warns of it in three lines; it sets RAY_AUTH_MODE
+        use_a_token()
         # nothing large goes through the object store: text is memory-mapped, checkpoints are files
         ray.init(
             include_dashboard=False,
