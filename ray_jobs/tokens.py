@@ -3,11 +3,7 @@
 import os
 import secrets
 
-from ray._private.authentication.authentication_token_setup import (
-    AuthenticationTokenLoader,
-    _enable_token_auth,
-    ensure_token_if_auth_enabled,
-)
+from ray._private.authentication.authentication_token_setup import _enable_token_auth, ensure_token_if_auth_enabled
 
 
 def use_a_token() -> None:
@@ -23,6 +19,5 @@ def use_a_token() -> None:
         ensure_token_if_auth_enabled()
     except (OSError, RuntimeError):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        AuthenticationTokenLoader.instance().reset_cache()
     finally:
         os.umask(before)
