@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from gsa.errors import RequestError, RunError
 from gsa.store import TrackingConfig
 from ray_jobs.commands import Options, at_storage, at_store, gsa, shell
-from ray_jobs.options import one_store, refuse_unused
+from ray_jobs.options import one_source, one_store, refuse_unused
 from ray_jobs.terminal import console, errors, failed, interrupted, print_error, suggest
 
 app = typer.Typer(
@@ -175,6 +175,7 @@ def report(
 
 @app.command(name="eval", epilog="Example: `gsa eval 2f0c…` or `gsa eval runs/train/tiny`")
 def evaluate(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     storage: Storage = Path("runs"),
@@ -187,6 +188,7 @@ def evaluate(
     from ray_jobs.given import refuse_other_source
 
     refuse_other_source(run)
+    one_source(ctx, run)
     found = evaluate_checkpoint(run, TrackingConfig(tracking_uri, experiment), storage)
     if json:
         print(found.to_json())
@@ -305,6 +307,7 @@ def bench(
         own = ["heads", "kv_heads", "head_dim", "k", "overlap", "batch", "operation"]
         refuse_unused(ctx, own, "with --run the checkpoint says it")
         refuse_other_source(run)
+        one_source(ctx, run)
         if len(length or []) > 1:
             raise RequestError("gsa bench --run: give no more than one --length")
         tracking = TrackingConfig(tracking_uri, experiment)
@@ -318,6 +321,7 @@ def bench(
 
 @app.command(epilog="Example: `gsa propose 2f0c… --out configs/sweep/layers.yaml`")
 def propose(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="YAML file; default: proposals/NAME-layers.yaml in storage")] = None,
     max_dimensions: Annotated[int, typer.Option(min=1, help="dimensions of the space, over all settings")] = 6,
@@ -331,6 +335,7 @@ def propose(
     from ray_jobs.proposal import measure, propose_space, show, write
 
     refuse_other_source(run)
+    one_source(ctx, run)
     config, layers = measure(run, TrackingConfig(tracking_uri, experiment), storage)
     found = propose_space(layers, config, max_dimensions)
     path = out or storage / "proposals" / f"{config.name}-layers.yaml"

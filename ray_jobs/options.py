@@ -34,3 +34,13 @@ def one_store(ctx: typer.Context, storage: Path, tracking_uri: str | None) -> No
     elif is_given(ctx, "storage") and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
         note = f"runs are read from MLFLOW_TRACKING_URI = {uri}, not from --storage {storage}"
         errors.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def one_source(ctx: typer.Context, source: str) -> None:
+    """Of commands that take a run's id or a folder: a store is looked into for a run alone.
+
+    Raises:
+        RequestError: a folder, and options that say where runs are.
+    """
+    if Path(source).exists():
+        refuse_unused(ctx, ["tracking_uri", "experiment"], f"{source} is a folder, and no run of a store")

@@ -118,6 +118,9 @@ OTHER = "--tracking-uri=sqlite:///x.db"
         (["bench", "--operation=decode", "--overlap=2"], "--overlap has no effect"),
         (["bench", "--run=r", "--heads=2"], "--heads has no effect"),
         (["bench", "--run=r", "--head-dim=2"], "--head-dim has no effect"),
+        (["eval", "step", "--experiment=e"], "--experiment has no effect here: step is a folder"),
+        (["propose", "step", OTHER], "--tracking-uri has no effect here: step is a folder"),
+        (["bench", "--run=step", OTHER], "--tracking-uri has no effect here: step is a folder"),
         (["bench", "--run=r", "--length=64", "--length=65"], "no more than one --length"),
         (["sweep", "s.yaml", "--storage=s", "train.storage=t"], "train.storage = 't': is not what --storage s says"),
         (["sweep", "s.yaml", "--storage=s", "train={storage: t}"], "train.storage = 't': is not what --storage s"),
@@ -133,8 +136,11 @@ def test_an_option_without_an_effect_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text("{space: {seed: {type: int, low: 1, high: 2}}}")
+    Path("step").mkdir()
+    Path("step/checkpoint.json").touch()
+    before = sorted(tmp_path.rglob("*"))
     assert words in refused(capsys, *arguments)
-    assert [p.name for p in tmp_path.iterdir()] == ["s.yaml"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_storage_of_a_new_sweep_is_where_it_runs(
