@@ -15,6 +15,7 @@ import json
 import os
 import pwd
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -112,7 +113,7 @@ class Services:
             for name in reversed(started):
                 self._stop(name)
             raise
-        exports = "".join(f"export {key}={value}\n" for key, value in self.credentials.items())
+        exports = "".join(f"{shlex.join(['export', f'{key}={value}'])}\n" for key, value in self.credentials.items())
         write_private(self.folder / "mlflow.env", exports)
 
     def stop(self) -> None:
@@ -414,7 +415,8 @@ def _run(what: str, folder: Path, port: int | None) -> None:
         services.start()
         env = os.path.relpath(services.folder / "mlflow.env")
         print(f"MLflow: {services.uri}, user gsa; its password is in {env}")
-        print(f"next: source {env}    # sweeps and gsa commands of this shell now use it; so does the browser's login")
+        source = shlex.join(["source", env])
+        print(f"next: {source}    # sweeps and gsa commands of this shell now use it; so does the browser's login")
     elif what == "stop":
         services.stop()
     for name in SERVERS:

@@ -2,14 +2,12 @@
 workers do not need."""
 
 import dataclasses
-import http.client
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from gsa import paths
 from gsa.errors import ConfigError, RequestError
+from gsa.reach import unreachable
 from gsa.settings import join, setting
 
 # MLflow reads these when it is imported.
@@ -61,11 +59,5 @@ def refuse_unreachable(uri: str) -> None:
     """MLflow's own client retries for minutes; ask once, briefly, before anything is started."""
     if not uri.startswith(("http://", "https://")):
         raise RequestError(f"tracking.uri = {uri!r}: must be sqlite:///PATH, http://HOST or https://HOST")
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        return  # it answers; what it thinks of us, the first real request tells
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise RequestError(f"tracking.uri = {uri!r}: no MLflow server answers there ({reason})") from error
+    if reason := unreachable(f"{uri.rstrip('/')}/health"):
+        raise RequestError(f"tracking.uri = {uri!r}: no MLflow server answers there ({reason})")

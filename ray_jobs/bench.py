@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import triton
 from rich.console import Console
-from rich.table import Table
 
 from gsa.attention.fused import HEAD_SIZES
 from gsa.data.packing import prepare
@@ -19,6 +18,7 @@ from gsa.store import TrackingConfig
 from gsa.training import checkpoint
 from kernels.bench import OPERATIONS, BenchConfig, Row, rows
 from kernels.support import problem
+from ray_jobs.tables import Column, show_columns
 
 LONGEST, WIDEST, MOST = 2**20, 1024, 512  # tokens, heads, sequences
 
@@ -109,16 +109,33 @@ def checkpoint_rows(source: str, length: int | None, tracking: TrackingConfig, s
 
 
 def show(report: BenchReport, console: Console) -> None:
-    """Print a table."""
-    columns = ("operation", "T", "batch", "heads", "indexer", "u(32)", "selection", "attention", "ours, ms")
-    table = Table(*columns, *_backends(report), "against the best", "peak, GiB", title_justify="left")
-    table.title = f"{report.gpu}, torch {report.torch}, Triton {report.triton}, {report.date}; milliseconds"
-    for row in report.rows:
-        numbers = [row.get(name) for name in ("u32", "select_ms", "attend_ms", "ours_ms")]
-        numbers += [row["dense_ms"].get(name) for name in _backends(report)]
-        about = (row["operation"], str(row["T"]), str(row.get("batch", 1)), row["heads"], row["indexer"])
-        table.add_row(*about, *map(_text, numbers), f"{row['speedup']:.2f}x", _text(row.get("peak_gib")))
-    console.print(table)
+    """Print a table; what is the same in every row stands above it."""
+    console.print(
+        f"{report.gpu}, torch {report.torch}, Triton {report.triton}, {report.date}; milliseconds", markup=False
+    )
+    rows = report.rows
+    key = [
+        Column("operation", [row["operation"] for row in rows]),
+        Column("T", [str(row["T"]) for row in rows], right=True),
+        Column("batch", [str(row.get("batch", 1)) for row in rows], right=True),
+        Column("heads", [row["heads"] for row in rows]),
+        Column("indexer", [row["indexer"] for row in rows]),
+        Column("u(32)", [_text(row.get("u32")) for row in rows], right=True),
+    ]
+    for column in list(key[2:]):
+        if len(set(column.values)) == 1:
+            key.remove(column)
+            if column.values[0]:
+                console.print(f"{column.header}: {column.values[0]}", markup=False, highlight=False)
+    measured = [
+        Column("ours", [_text(row["ours_ms"]) for row in rows], right=True),
+        *(Column(name, [_text(row["dense_ms"].get(name)) for row in rows], right=True) for name in _backends(report)),
+        Column("against\nthe best", [f"{row['speedup']:.2f}x" for row in rows], right=True),
+        Column("selection", [_text(row.get("select_ms")) for row in rows], right=True),
+        Column("attention", [_text(row.get("attend_ms")) for row in rows], right=True),
+        Column("peak,\nGiB", [_text(row.get("peak_gib")) for row in rows], right=True),
+    ]
+    show_columns(console, "", key, [column for column in measured if any(column.values)])
 
 
 def _backends(report: BenchReport) -> list[str]:

@@ -4,23 +4,21 @@ Exit codes: 0 done, 1 a run failed, 2 the request was wrong, 130 interrupted (st
 """
 
 import logging
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO, cast
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
-from rich.table import Table
 
 from gsa.errors import InfrastructureError, RequestError, RunError
 from gsa.paths import of_user, sqlite_uri
-from ray_jobs.signals import Saved, interrupt, stops_go_to
-from ray_jobs.streams import Stream
+from gsa.store import TrackingConfig
+from ray_jobs.commands import Options, at_storage, at_store, gsa, shell
+from ray_jobs.options import one_source, one_store, refuse_unused
+from ray_jobs.signals import interrupt, stops_go_to
+from ray_jobs.terminal import console, errors, failed, interrupted, print_error, suggest
 
 app = typer.Typer(
     help="Find the best Gated Sparse Attention model for your data and your hardware.",
@@ -29,9 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console(file=cast(TextIO, Stream("stdout")))
-errors = Console(file=cast(TextIO, Stream("stderr")))
-LINE = 1000  # characters of an error
 
 
 def _path(text: str | Path) -> Path:
@@ -46,6 +41,9 @@ Sweep = Annotated[Path | None, typer.Argument(parser=_path, help="YAML file of t
 Resume = Annotated[str | None, typer.Option(metavar="NAME", help="continue this sweep, whatever ended it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to replace", metavar="[key=value]...")]
 Storage = Annotated[Path, typer.Option(parser=_path, metavar="PATH", help="folder of runs, checkpoints and caches")]
+NewStorage = Annotated[
+    str | None, typer.Option(help="folder of runs; default: train.storage of CONFIG, with --resume `runs`")
+]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: SQLite in the storage folder")]
 Address = Annotated[
     str, typer.Option(envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="http://HOST:PORT of the head's dashboard")
@@ -56,22 +54,26 @@ Experiment = Annotated[str, typer.Option(help="MLflow experiment")]
 @app.command(epilog="Example: `gsa train configs/train/tiny.yaml training.optimizer.learning_rate=1e-3`")
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train one model. Run again after an interruption, it goes on from its newest checkpoint."""
+    from ray_jobs.given import refuse_other_file
+
+    refuse_other_file(config, "train")  # before anything heavy is imported
     from ray_jobs.train import load_train, run_train
 
     settings = load_train(config, overrides)
-    command = " ".join(["gsa train", str(config), *(overrides or [])])
+    command = gsa("train", config, *(overrides or []))
     try:
         done = run_train(settings, console, ["gsa", "train", str(config), *(overrides or [])])
     except KeyboardInterrupt as stop:
-        _interrupted(command, stop)
+        interrupted(command, stop)
     except RunError as error:
-        _failed(
+        failed(
             error, f"what was trained is in {settings.storage}/train/{settings.name}; to go on from there: {command}"
         )
     bits = done.metrics.get("held_out_bits_per_byte", float("nan"))
     console.print(f"held-out loss {done.metrics['held_out_loss']:.4f} nats per token, {bits:.4f} bits per byte")
     console.print(f"checkpoints: {done.folder}", markup=False, highlight=False, soft_wrap=True)
-    _next(f"gsa eval {done.run_id}{_storage_option(settings.storage)}", f"gsa ui{_storage_option(settings.storage)}")
+    place = {**at_storage(settings.storage), **at_store(settings.tracking, settings.storage)}
+    suggest(gsa("eval", done.run_id, options=place), _ui(settings.tracking, settings.storage))
 
 
 @app.command(epilog="Example: `gsa sweep configs/sweep/quickstart.yaml num_samples=20`")
@@ -79,28 +81,31 @@ def sweep(
     config: Sweep = None,
     overrides: Overrides = None,
     resume: Resume = None,
-    storage: Storage = Path("runs"),
+    storage: NewStorage = None,
 ) -> None:
     """Search. Ends with the leaderboard and the Pareto front."""
-    from ray_jobs.report import show
-    from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
+    given = _given("sweep", config, overrides, resume)
+    from ray_jobs.leaderboard import show
+    from ray_jobs.sweep import load_sweep, read_sweep, resume_sweep, run_sweep, sweep_folder
 
-    given = _given("gsa sweep", config, overrides, resume)
     if resume is not None:
-        name, folder = resume, str(storage)
+        name, folder = resume, storage or "runs"
     else:
-        settings = load_sweep(Path(given[0]), given[1:])
+        settings = load_sweep(Path(given[0]), given[1:], storage)
         name, folder = settings.name, settings.train.storage
+    again = gsa("sweep", options={"--resume": name, **at_storage(folder)})
     try:
         report = resume_sweep(name, folder, console, given) if resume is not None else run_sweep(settings, console)
     except KeyboardInterrupt as stop:
-        _interrupted(f"gsa sweep --resume {name}{_storage_option(folder)}", stop)
+        interrupted(again, stop)
     except InfrastructureError as error:
-        _failed(error, f"no trial is lost. To go on: gsa sweep --resume {name}{_storage_option(folder)}")
+        failed(error, f"no trial is lost. To go on: {again}")
     except RunError as error:
-        _failed(error, f"to see what happened: gsa report {name}{_storage_option(folder)}")
+        tracking = read_sweep(sweep_folder(folder, name) / "sweep.yaml").train.tracking
+        failed(error, f"to see what happened: {gsa('report', name, options=at_store(tracking, folder))}")
+    tracking = read_sweep(sweep_folder(folder, name) / "sweep.yaml").train.tracking
     show(report, console)
-    _next(f"gsa ui{_storage_option(folder)}", f"gsa report {name} --json{_storage_option(folder)}")
+    suggest(_ui(tracking, folder), gsa("report", name, options={"--json": None, **at_store(tracking, folder)}))
 
 
 @app.command(epilog="Example: `gsa submit configs/sweep/quickstart.yaml train.storage=/shared/runs`")
@@ -113,22 +118,25 @@ def submit(
         Path, typer.Option(parser=_path, metavar="PATH", help="folder that is uploaded: the project's root")
     ] = Path("."),
     wait: Annotated[bool, typer.Option(help="follow the job's output to its end")] = True,
-    storage: Annotated[str, typer.Option(help="with --resume: the cluster's folder of runs")] = "runs",
+    storage: NewStorage = None,
 ) -> None:
     """Run a sweep as a job on a Ray cluster. The job goes on when this command is interrupted."""
+    given = _given("submit", config, overrides, resume)
     from ray_jobs import submit as jobs
 
-    given = _given("gsa submit", config, overrides, resume)
     if resume is not None:
-        submission = jobs.resumed_sweep(resume, storage, given, working_dir)
+        submission = jobs.resumed_sweep(resume, storage or "runs", given, working_dir)
     else:
-        submission = jobs.new_sweep(Path(given[0]), given[1:], working_dir)
+        submission = jobs.new_sweep(Path(given[0]), given[1:], working_dir, storage)
     client, job = jobs.submit(submission, address)
-    there = f"--address {address}"
-    commands = [f"ray job logs {there} --follow {job}", f"ray job stop {there} {job}", f"ray job list {there}"]
+    commands = [
+        shell("ray", "job", "logs", "--address", address, "--follow", job),
+        shell("ray", "job", "stop", "--address", address, job),
+        shell("ray", "job", "list", "--address", address),
+    ]
     console.print(f"job {job}: {submission.entrypoint}", markup=False, highlight=False, soft_wrap=True)
     if not wait:
-        _next(*commands)
+        suggest(*commands)
         return
     try:
         jobs.follow(client, job, console)
@@ -136,11 +144,13 @@ def submit(
         errors.print(f"the job goes on; to see it: {commands[0]}", markup=False, highlight=False, soft_wrap=True)
         raise
     except RunError as error:
-        _failed(error, f"to go on: gsa submit --resume {submission.sweep} {there} --storage STORAGE")
+        place: Options = {"--address": address, "--storage": submission.storage, "--working-dir": working_dir}
+        failed(error, f"to go on: {gsa('submit', options={'--resume': submission.sweep, **place})}")
 
 
 @app.command(epilog="Example: `gsa report quickstart --html report.html`")
 def report(
+    ctx: typer.Context,
     sweep: Annotated[str, typer.Argument(help="name of the sweep", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     html: Annotated[
@@ -159,13 +169,14 @@ def report(
     ] = None,
 ) -> None:
     """Leaderboard, Pareto front and what matters in a sweep, running or ended."""
-    from gsa.store import TrackingConfig
     from gsa.tracking import open_run
     from ray_jobs.export import export_study, write_parquet
-    from ray_jobs.report import read_report, show
+    from ray_jobs.leaderboard import show
+    from ray_jobs.report import read_report
     from ray_jobs.reporting.page import write_html
     from ray_jobs.runs import run_key
 
+    one_store(ctx, storage, tracking_uri)
     tracking = open_run(TrackingConfig(tracking_uri), storage, run_key(sweep), experiment)
     found = read_report(tracking, sweep)
     if html is not None:
@@ -185,6 +196,7 @@ def report(
 
 @app.command(name="eval", epilog="Example: `gsa eval 2f0c…` or `gsa eval runs/train/tiny`")
 def evaluate(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     storage: Storage = Path("runs"),
@@ -193,47 +205,37 @@ def evaluate(
 ) -> None:
     """Held-out loss, retrieval and diagnostics by layer of a trained checkpoint."""
     from gsa.evaluation.report import evaluate_checkpoint
-    from gsa.store import TrackingConfig
+    from ray_jobs.checkpoint_tables import show
+    from ray_jobs.given import refuse_other_source
 
+    refuse_other_source(run)
+    one_source(ctx, run)
     found = evaluate_checkpoint(run, TrackingConfig(tracking_uri, experiment), storage)
     if json:
         print(found.to_json())
         return
-    console.print(f"step {found.step}: held-out loss {found.metrics['held_out_loss']:.4f} nats per token, ", end="")
-    console.print(f"{found.metrics['held_out_bits_per_byte']:.4f} bits per byte")
-    table = Table("layer", *found.layer_names, title="attention by layer, held-out text", title_justify="left")
-    for i, row in enumerate(found.layers):
-        table.add_row(str(i), *(f"{row[name]:.4f}" if name in row else "" for name in found.layer_names))
-    console.print(table)
-    if found.retrieval_refused:
-        console.print(f"no pass-key retrieval: {found.retrieval_refused}", markup=False)
-        return
-    table = Table("depth", "accuracy", "loss", "loss without", title="pass-key retrieval", title_justify="left")
-    for r in found.retrieval:
-        table.add_row(f"{r.depth:.2f}", f"{r.accuracy:.2f}", f"{r.loss:.3f}", f"{r.loss_without:.3f}")
-    console.print(table)
+    show(found, console)
 
 
 @app.command(epilog="Example: `gsa ui --port 5001`")
 def ui(
+    ctx: typer.Context,
     storage: Storage = Path("runs"),
     tracking_uri: TrackingUri = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="port on localhost")] = 5000,
 ) -> None:
     """Browse runs in the MLflow UI, on localhost only."""
-    from gsa.store import TrackingConfig
     from gsa.tracking import open_store
+    from ray_jobs import ui
 
+    one_store(ctx, storage, tracking_uri)
     uri = open_store(TrackingConfig(tracking_uri), storage).uri
     if not uri.startswith("sqlite:"):
+        refuse_unused(ctx, ["port"], f"{uri} is a server already")
         console.print(f"the MLflow server of this store: {uri}", markup=False)
         return
-    artifacts = (storage.absolute() / "artifacts").as_uri()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--default-artifact-root", artifacts]
-    command += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port}"]
-    console.print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)")
-    sys.exit(subprocess.run(command, check=False).returncode)
+    server = ui.mlflow_server(uri, port)
+    ui.serve(server, port, lambda address: console.print(f"MLflow: {address} (Ctrl-C ends it)"))
 
 
 @app.command(epilog="Example: `gsa move http://127.0.0.1:5001`")
@@ -243,7 +245,7 @@ def move(
 ) -> None:
     """Copy every run of the storage folder's MLflow store to a server; cut short, the same command goes on."""
     from gsa.move import move as copy
-    from gsa.store import TrackingConfig, absolute_uri
+    from gsa.store import absolute_uri
     from gsa.tracking import connect, open_store
 
     if not uri:
@@ -256,11 +258,13 @@ def move(
     earlier = f" ({found.earlier} of them earlier)" if found.earlier else ""
     what = f"{found.runs} runs{earlier}, {found.values} values of metrics, {found.files} files, {found.versions} models"
     console.print(f"copied to {uri}: {what}", markup=False, highlight=False, soft_wrap=True)
-    _next(f"export MLFLOW_TRACKING_URI={uri}    # gsa commands and resumed sweeps use it from now on")
+    export = shell("export", f"MLFLOW_TRACKING_URI={uri}")
+    suggest(f"{export}    # gsa commands and resumed sweeps use it from now on")
 
 
 @app.command(epilog="Example: `gsa doctor --cluster cluster.yaml --sweep configs/sweep/quickstart.yaml`")
 def doctor(
+    ctx: typer.Context,
     storage: Storage = Path("runs"),
     cluster: Annotated[
         Path | None,
@@ -272,27 +276,28 @@ def doctor(
     ] = None,
 ) -> None:
     """What this machine, or a cluster that is not there yet, can and cannot do, and why."""
-    from ray_jobs.doctor import examine, examine_cluster
+    from ray_jobs.doctor import examine, examine_cluster, show
+    from ray_jobs.given import refuse_other_file
 
     if sweep and cluster is None:
         raise RequestError("gsa doctor --sweep: needs --cluster, the file of the cluster that it is to run on")
+    if cluster is not None:
+        refuse_unused(ctx, ["storage"], "--cluster looks at a file, not at this machine")
+        for path, wanted in ((cluster, "cluster"), *((path, "sweep") for path in sweep or [])):
+            refuse_other_file(path, wanted)
     findings = examine(storage) if cluster is None else examine_cluster(cluster, sweep or [])
-    table = Table("", "what", "found", show_header=False)
-    for finding in findings:
-        mark = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "[yellow]no[/]"}[finding.ok]
-        table.add_row(mark, escape(finding.name), escape(finding.detail))
-    console.print(table)
+    show(findings, console)
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(1)
-    _next(
-        "gsa sweep configs/sweep/quickstart.yaml"
-        if cluster is None
-        else f"ray up {cluster}    # on Kubernetes: kubectl apply -f"
-    )
+    if cluster is None:
+        suggest(gsa("sweep", "configs/sweep/quickstart.yaml"))
+    else:
+        suggest(f"{shell('ray', 'up', cluster)}    # on Kubernetes: {shell('kubectl', 'apply', '-f', cluster)}")
 
 
 @app.command(epilog="Example: `gsa bench --length 131072 --operation forward --json`")
 def bench(
+    ctx: typer.Context,
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times for several lengths")] = None,
     heads: Annotated[int, typer.Option(help="query heads")] = 32,
     kv_heads: Annotated[int, typer.Option(help="key/value heads")] = 8,
@@ -310,9 +315,9 @@ def bench(
     experiment: Experiment = "gsa",
 ) -> None:
     """Sparse attention on the kernels against PyTorch's dense attention, on this GPU, in one run."""
-    from gsa.store import TrackingConfig
     from kernels.bench import BenchConfig
     from ray_jobs.bench import checkpoint_rows, run_bench, show
+    from ray_jobs.given import refuse_other_source
 
     usual = BenchConfig()
     settings = BenchConfig(
@@ -320,7 +325,17 @@ def bench(
         tuple(batch or usual.batches), tuple(operation or usual.operations),
     )  # fmt: skip
     measured = None
-    if run is not None:
+    if run is None:
+        refuse_unused(ctx, ["storage", "tracking_uri", "experiment"], "they say where --run finds its checkpoint")
+        if "decode" not in settings.operations:
+            refuse_unused(ctx, ["batch"], "it is of --operation decode")
+        if set(settings.operations) == {"decode"}:
+            refuse_unused(ctx, ["overlap"], "decoding is measured with random selections")
+    else:
+        own = ["heads", "kv_heads", "head_dim", "k", "overlap", "batch", "operation"]
+        refuse_unused(ctx, own, "with --run the checkpoint says it")
+        refuse_other_source(run)
+        one_source(ctx, run)
         if len(length or []) > 1:
             raise RequestError("gsa bench --run: give no more than one --length")
         tracking = TrackingConfig(tracking_uri, experiment)
@@ -334,6 +349,7 @@ def bench(
 
 @app.command(epilog="Example: `gsa propose 2f0c… --out configs/sweep/layers.yaml`")
 def propose(
+    ctx: typer.Context,
     run: Annotated[str, typer.Argument(help="MLflow run id, `runs:/ID`, or a checkpoint folder", show_default=False)],
     out: Annotated[
         Path | None,
@@ -346,9 +362,11 @@ def propose(
     experiment: Experiment = "gsa",
 ) -> None:
     """A sweep over selection by layer, drawn from what a trained model's layers do on its held-out text."""
-    from gsa.store import TrackingConfig
+    from ray_jobs.given import refuse_other_source
     from ray_jobs.proposal import measure, propose_space, show, write
 
+    refuse_other_source(run)
+    one_source(ctx, run)
     config, layers = measure(run, TrackingConfig(tracking_uri, experiment), storage)
     found = propose_space(layers, config, max_dimensions)
     path = out or storage / "proposals" / f"{config.name}-layers.yaml"
@@ -359,10 +377,10 @@ def propose(
         return
     show(found, console)
     if not found.space:
-        settled = " ".join(f"{key}={value}" for key, value in found.settings.items())
+        settled = shell(*(f"{key}={value}" for key, value in found.settings.items()))
         console.print(f"nothing is left to search; settled: {settled or 'nothing'}", markup=False, soft_wrap=True)
         return
-    _next(f"gsa sweep {path}")
+    suggest(gsa("sweep", path))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -375,10 +393,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         with stops_go_to(interrupt):
             app(arguments, standalone_mode=True)
     except RequestError as error:
-        _print_error(str(error))
+        print_error(str(error))
         sys.exit(2)
     except RunError as error:
-        _print_error(str(error))
+        print_error(str(error))
         sys.exit(1)
     except (KeyboardInterrupt, BrokenPipeError):  # who read a `--json` has gone
         sys.exit(130)
@@ -387,38 +405,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _given(command: str, config: Path | None, overrides: list[str] | None, resume: str | None) -> list[str]:
     """The configuration and the overrides of a sweep to start, or the overrides of one to resume."""
+    from ray_jobs.given import refuse_other_file
+
     if config is None and resume is None:
-        raise RequestError(f"{command}: give either a CONFIG to start, or --resume NAME to continue")
+        raise RequestError(f"gsa {command}: give either a CONFIG to start, or --resume NAME to continue")
     if resume is not None and config is not None and "=" not in str(config):
-        raise RequestError(f"{command} --resume {resume}: goes on with its own configuration, not with {config}")
+        raise RequestError(
+            f"gsa {command} --resume {resume}: goes on with its own configuration, not with {config}; settings that"
+            " may change are given as key=value"
+        )
+    if resume is None and config is not None:
+        refuse_other_file(config, "sweep")
     return [*([] if config is None else [str(config)]), *(overrides or [])]
 
 
-def _print_error(text: str) -> None:
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(shown) > LINE:
-        shown = f"{shown[: LINE // 2]} … {shown[-LINE // 2 :]}"  # what was given, and what is allowed
-    errors.print("error:", shown, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _failed(error: RunError, advice: str) -> NoReturn:
-    _print_error(str(error))
-    errors.print(advice, markup=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
-
-
-def _interrupted(command: str, stop: KeyboardInterrupt) -> NoReturn:
-    saved = "everything is saved" if isinstance(stop, Saved) else "steps since the last checkpoints are trained again"
-    errors.print(f"interrupted; {saved}. To go on: {command}", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(130)
-
-
-def _next(*commands: str) -> None:
-    console.print("next: " + "\n      ".join(commands), markup=False, highlight=False, soft_wrap=True)
-
-
-def _storage_option(storage: str) -> str:
-    return "" if os.path.abspath(storage) == os.path.abspath("runs") else f" --storage {storage}"
+def _ui(tracking: TrackingConfig, storage: str) -> str:
+    options = at_store(tracking, storage)
+    return gsa("ui", options={name: value for name, value in options.items() if name != "--experiment"})
 
 
 if __name__ == "__main__":

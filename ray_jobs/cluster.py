@@ -20,6 +20,7 @@ from gsa.training.workers import WorkersConfig
 from ray_jobs.capacity import Fleet, NodeType, configured_fleet
 from ray_jobs.sessions import session_folder
 from ray_jobs.signals import stops_held
+from ray_jobs.tokens import use_a_token
 from ray_jobs.watchdog import connected_cluster
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def running() -> Iterator[None]:
             raise RequestError(f"RAY_ADDRESS = {address!r}: no cluster to join ({one_line(error)}); {hint}") from error
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        use_a_token()
         # nothing large goes through the object store: text is memory-mapped, checkpoints are files
         with stops_held():
             ray.init(

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 
 import kernels
 from gsa.errors import ConfigError
@@ -52,6 +55,15 @@ def examine_cluster(path: Path, sweeps: Sequence[Path]) -> list[Finding]:
         except ConfigError as error:
             found.append(Finding(str(sweep), False, str(error)))
     return found
+
+
+def show(findings: Sequence[Finding], console: Console) -> None:
+    """Print a table; what is long is wrapped."""
+    table = Table("", Column(overflow="fold"), Column(overflow="fold"), show_header=False)
+    for finding in findings:
+        mark = {True: "[green]ok[/]", False: "[red]wrong[/]", None: "[yellow]no[/]"}[finding.ok]
+        table.add_row(mark, escape(finding.name), escape(finding.detail))
+    console.print(table)
 
 
 def _python() -> Finding:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from gsa import plain
 from gsa.config import TrainConfig, assign
@@ -27,6 +26,7 @@ from gsa.evaluation.report import trained
 from gsa.store import TrackingConfig
 from gsa.training import checkpoint
 from gsa.training.workers import Workers
+from ray_jobs.tables import Column, show_columns
 
 FREE = 0.005  # mass that a layer may lose and still take a wider window without a search
 HOPELESS = 0.1  # mass lost from which a window wider than the narrowest is not worth trying
@@ -156,18 +156,24 @@ def write(proposal: Proposal, config: TrainConfig, path: Path) -> None:
 
 
 def show(proposal: Proposal, console: Console) -> None:
-    """Print a table of the layers and the space."""
+    """Print a table of the layers, what is proposed for each, and the space."""
     narrow, wide = SHARES[0], SHARES[-1]
-    columns = (f"lost by share {narrow}", f"by share {wide}", "u(32)", "mass kept", "k for 99 %", "on first token")
-    table = Table("layer", *columns, "proposal", title="layers on held-out text, mass in %", title_justify="left")
-    for i, (row, reason) in enumerate(zip(proposal.layers, proposal.reasons, strict=True)):
-        numbers = [_percent(row.get(f"share_{share}_lost")) for share in (narrow, wide)]
-        numbers += [f"{row['u32']:.2f}" if "u32" in row else "", _percent(row.get("mass_kept"))]
-        numbers += [f"{row['k_99']:.0f}" if "k_99" in row else "", _percent(row.get("first_token_mass"))]
-        table.add_row(str(i), *numbers, reason)
-    console.print(table)
-    for key, dimension in proposal.space.items():
-        console.print(f"{key}: {_range(dimension)}", markup=False, highlight=False, soft_wrap=True)
+    layers = proposal.layers
+    columns = {
+        f"lost by\nshare {narrow}": [_percent(row.get(f"share_{narrow}_lost")) for row in layers],
+        f"by\nshare {wide}": [_percent(row.get(f"share_{wide}_lost")) for row in layers],
+        "u(32)": [f"{row['u32']:.2f}" if "u32" in row else "" for row in layers],
+        "mass\nkept": [_percent(row.get("mass_kept")) for row in layers],
+        "k for\n99 %": [f"{row['k_99']:.0f}" if "k_99" in row else "" for row in layers],
+        "on first\ntoken": [_percent(row.get("first_token_mass")) for row in layers],
+    }
+    numbers = [Column(header, values, right=True) for header, values in columns.items()]
+    key = Column("layer", [str(i) for i in range(len(layers))], right=True)
+    show_columns(console, "layers on held-out text, mass in %", [key], numbers)
+    for i, reason in enumerate(proposal.reasons):
+        console.print(f"layer {i}: {reason}", markup=False, highlight=False)
+    for setting, dimension in proposal.space.items():
+        console.print(f"{setting}: {_range(dimension)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _widest(row: dict[str, float]) -> int:

@@ -3,11 +3,8 @@ the parameters, learning curves, what each layer selects, and cost."""
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
-
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from gsa.errors import RequestError
 from gsa.settings import nearest
@@ -57,7 +54,8 @@ def read_report(tracking: Tracking, sweep: str) -> Report:
     parent = tracking.find_run(run_key(sweep))
     if parent is None:
         known = sorted(tracking.sweeps())
-        hint = nearest(sweep, known) or (f"; known: {', '.join(known)}" if known else "")
+        close = nearest(sweep, known) or nearest(Path(sweep).stem, known)  # the path of its folder, or of its file
+        hint = close or (f"; known: {', '.join(known)}" if known else "")
         raise RequestError(f"sweep {sweep!r}: is not in {tracking.uri}{hint}")
     aims = Aims(*read_aims(parent))
     objectives = [dataclasses.asdict(o) for o in aims.objectives]
@@ -95,67 +93,6 @@ def read_report(tracking: Tracking, sweep: str) -> Report:
         alike=indistinguishable(confirmed),
         notes=[*notes, *left_out, *missing],
     )  # fmt: skip
-
-
-def show(report: Report, console: Console) -> None:
-    """Print the leaderboard. `*` marks the Pareto front, `!` what breaks a constraint; the floors stand beside each
-    trial's bits per byte."""
-    names = [o["metric"] for o in report.objectives]
-    table = Table(
-        title=f"sweep {report.sweep}", title_justify="left", box=SIMPLE, pad_edge=False, collapse_padding=True
-    )
-    for header in ("", "trial", "state", "steps"):
-        table.add_column(header, no_wrap=True)
-    for name in (*names, *(f"vs {floor.split('_')[0]}" for floor in report.floors)):
-        # one word a line in the header, so that numbers decide the width
-        table.add_column(name.removeprefix("held_out_").replace("_", "\n"), justify="right", no_wrap=True)
-    for trial in report.trials:
-        metrics, bits = trial["metrics"], trial["metrics"].get(BITS)
-        against = [f"{bits - floor:+.3f}" if bits is not None else "" for floor in report.floors.values()]
-        front = "*" if trial["trial_id"] in report.pareto else "" if trial["feasible"] else "!"
-        steps = f"{metrics['step']:.0f}" if "step" in metrics else ""
-        measured = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
-        table.add_row(front, trial["trial_id"], trial["state"], steps, *measured, *against)
-    console.print(table)
-    for trial in report.trials:
-        console.print(f"{trial['trial_id']}  {settings_text(trial['params'])}", markup=False, highlight=False)
-    console.print()
-    for floor, value in report.floors.items():
-        console.print(f"{floor.split('_')[0]} model on the same held-out text: {value:.4f} bits per byte")
-    if report.importances.note:
-        console.print(f"importance of parameters: {report.importances.note}", markup=False, highlight=False)
-    for metric, shares in report.importances.objectives.items():
-        short = short_names(list(shares))
-        clear = report.importances.stands_out[metric]
-        ranked = ", ".join(f"{short[key]} {shares[key]:.0%}" for key in clear) or "nothing"
-        line = f"importance for {metric}: {ranked}; what else there is may be chance"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for trial in report.trials:
-        if trial["reason"]:
-            console.print(f"{trial['trial_id']} {trial['state']}: {trial['reason']}", markup=False, soft_wrap=True)
-        broken = [f"{name} (by {over:.4g})" for name, over in trial["violations"].items() if over > 0]
-        if broken:
-            console.print(f"! {trial['trial_id']} breaks {', '.join(broken)}", markup=False, soft_wrap=True)
-    for one in report.confirmed:
-        spread = f"{names[0]} {one['mean']:.4f} ± {one['deviation']:.4f}"
-        console.print(f"{one['trial_id']} over {len(one['values'])} seeds: {spread}", highlight=False)
-    for a, b, p in report.alike:
-        console.print(f"{a} and {b} cannot be told apart (Welch's t-test, p = {p:.2f})", highlight=False)
-    for note in report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    _show_cost(report, console)
-    console.print("\nPareto front (*): " + (", ".join(report.pareto) or "empty: no trial came to its end"))
-    if report.best is not None:
-        best = next(trial for trial in report.trials if trial["trial_id"] == report.best)
-        aim = f"{names[0]} {best['metrics'][names[0]]:.4f}"
-        console.print(f"best: {report.best}, {aim}, {best['checkpoint']}", soft_wrap=True)
-
-
-def _show_cost(report: Report, console: Console) -> None:
-    total = {unit: sum(cost.get(unit, 0.0) for cost in report.cost.values()) for unit in ("gpu_hours", "money")}
-    hours = sum(cost["seconds"] for cost in report.cost.values()) / 3600
-    more = "".join(f", {total[unit]:.3g} {unit.replace('_', '-')}" for unit in total if total[unit])
-    console.print(f"training took {hours:.3g} hours{more}", highlight=False)
 
 
 def _trial(trial: Trial, aims: Aims, dense: dict[str, float]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ import copy
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import optuna
 
 from gsa.config import TrainConfig, assign, build, expand, replaced
-from gsa.errors import ConfigError
+from gsa.errors import ConfigError, RequestError
 from gsa.schema import all_keys, declared
 from gsa.settings import nearest
 from ray_jobs.dimensions import Dimension, as_set, described, several
@@ -82,18 +83,28 @@ class Space:
         found = replaced(self.config, settings)
         return compose(self.base, settings) if found is None else found
 
-    def refuse_empty(self) -> None:
-        """Raises ConfigError where none of many random draws is a valid configuration."""
+    def refuse_empty(self, check: Callable[[TrainConfig], None] = lambda config: None) -> None:
+        """Refuse a space of which nothing can be trained.
+
+        Args:
+            check: what a configuration must pass beside its own bounds; raises RequestError.
+
+        Raises:
+            ConfigError: none of many random draws is a valid configuration.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(DRAWS):
             try:
-                self.compose(self.settings(self.sample(study.ask())))
-            except ConfigError as error:
+                check(self.compose(self.settings(self.sample(study.ask()))))
+            except RequestError as error:
                 last = error
             else:
                 return
-        raise ConfigError(last.key, last.value, f"{last.allowed}; none of {DRAWS} draws from the space is valid")
+        why = f"none of {DRAWS} draws from the space is valid"
+        if isinstance(last, ConfigError):
+            raise ConfigError(last.key, last.value, f"{last.allowed}; {why}")
+        raise ConfigError("space", sorted({d.key for d in self.dimensions}), f"{why}; the last: {last}")
 
     def _parse(self, key: str, given: Any) -> list[Dimension]:
         declared(TrainConfig, key)

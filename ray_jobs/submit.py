@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import logging
 import os
-import shlex
 import tempfile
 import time
 import zipfile
@@ -25,6 +24,8 @@ from rich.console import Console
 
 from gsa.config import check_name
 from gsa.errors import ConfigError, RequestError, RunError, one_line
+from gsa.reach import unreachable
+from ray_jobs.commands import command_line
 from ray_jobs.space import Space
 from ray_jobs.sweep import read_sweep
 
@@ -41,28 +42,37 @@ class Submission:
     """What is to run."""
 
     sweep: str
+    storage: str  # the cluster's folder of runs
     entrypoint: str
     working_dir: Path
 
 
-def new_sweep(path: Path, overrides: list[str], working_dir: Path) -> Submission:
+def new_sweep(path: Path, overrides: list[str], working_dir: Path, storage: str | None = None) -> Submission:
     """Run a new sweep.
+
+    Args:
+        path: of its configuration.
+        overrides: of its settings.
+        working_dir: what is uploaded.
+        storage: the cluster's folder of runs; `None` is the configuration's.
 
     Raises:
         RequestError: the configuration is wrong, or lies outside what is uploaded.
     """
     inside = _inside(path, working_dir)
-    config = read_sweep(path, overrides)
+    config = read_sweep(path, overrides, storage)
     Space(config.space, dataclasses.asdict(config.train))
-    command = shlex.join(["python", "-m", "ray_jobs.sweep", str(inside), *overrides])
-    return Submission(config.name, command, working_dir)
+    options = {} if storage is None else {"--storage": storage}
+    command = command_line(("python", "-m", "ray_jobs.sweep"), [inside, *overrides], options)
+    return Submission(config.name, config.train.storage, command, working_dir)
 
 
 def resumed_sweep(name: str, storage: str, overrides: list[str], working_dir: Path) -> Submission:
     """Continue a sweep that stands in the cluster's storage."""
     check_name("name", name)
-    words = ["python", "-m", "ray_jobs.cli", "sweep", "--resume", name, "--storage", storage, *overrides]
-    return Submission(name, shlex.join(words), working_dir)
+    options = {"--resume": name, "--storage": storage}
+    command = command_line(("python", "-m", "ray_jobs.cli", "sweep"), overrides, options)
+    return Submission(name, storage, command, working_dir)
 
 
 def submit(submission: Submission, address: str) -> tuple[JobSubmissionClient, str]:
@@ -140,10 +150,8 @@ def connected(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise RequestError(f"--address {address}: must be http://HOST:PORT of the head's dashboard, 8265 by default")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray takes the environment's before ours
-    try:
-        requests.get(address, timeout=PATIENCE)
-    except requests.RequestException as error:
-        raise RequestError(f"--address {address}: no Ray head answers there ({_cause(error)})") from error
+    if reason := unreachable(address, PATIENCE):
+        raise RequestError(f"--address {address}: no Ray head answers there ({reason})")
     try:
         client = JobSubmissionClient(address)
     except ray.exceptions.AuthenticationError as error:
@@ -181,11 +189,3 @@ def _inside(path: Path, working_dir: Path) -> Path:
         raise ConfigError(
             "CONFIG", str(path), f"must be below --working-dir {working_dir}, which is uploaded"
         ) from None
-
-
-def _cause(error: requests.RequestException) -> str:
-    """What is at the bottom of an error of requests, which wraps it three times."""
-    inner: BaseException = error
-    while isinstance(inner.args[:1] and inner.args[0], BaseException):
-        inner = inner.args[0]
-    return str(getattr(inner, "reason", None) or one_line(inner)).rpartition(": ")[2]

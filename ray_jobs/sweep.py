@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +19,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import optuna
 import requests
 from mlflow.exceptions import MlflowException
-from optuna.samplers import RandomSampler
 from rich.console import Console
 
-from gsa.config import TrainConfig, build, check_name, flatten, parse_override, read_yaml, refuse_other_kind, to_yaml
+from gsa.config import (
+    TrainConfig,
+    build,
+    check_name,
+    flatten,
+    lookup,
+    parse_override,
+    read_yaml,
+    refuse_other_kind,
+    to_yaml,
+)
 from gsa.data.packing import Prepared
 from gsa.errors import ConfigError, InfrastructureError, RequestError, RunError, one_line
 from gsa.evaluation.floors import bigram_bits_per_byte
@@ -36,6 +45,7 @@ from ray_jobs import stop
 from ray_jobs.budget import Budget, BudgetConfig
 from ray_jobs.capacity import worker_resources
 from ray_jobs.cluster import concurrent_runs, fleet, running, worker_memory
+from ray_jobs.commands import at_storage, gsa
 from ray_jobs.confirm import ConfirmConfig, confirmations
 from ray_jobs.dimensions import read_space
 from ray_jobs.halving import Halving, SchedulerConfig
@@ -50,7 +60,7 @@ from ray_jobs.reporting.page import to_html
 from ray_jobs.reporting.recorded import CONSTRAINTS, RATES
 from ray_jobs.runs import TrialContext, run_key
 from ray_jobs.saved import EXTENSIBLE, check_record, follow_move, frozen, is_below, is_free, read_settings
-from ray_jobs.searcher import REJECTIONS, GsaSearcher
+from ray_jobs.searcher import GsaSearcher
 from ray_jobs.signals import Saved, interrupt, stops_go_to
 from ray_jobs.space import Space
 from ray_jobs.storage import Hold, locked, refuse_unwritable, settle
@@ -111,23 +121,35 @@ class SweepConfig:
                 raise ConfigError(f"constraints[{i}].relative_to", "dense", "needs dense_baseline = true")
 
 
-def load_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+def load_sweep(path: str | Path, overrides: list[str] | None = None, storage: str | None = None) -> SweepConfig:
     """Read the configuration of a sweep that is to run here.
 
+    Args:
+        path: a YAML file.
+        overrides: `key=value` strings.
+        storage: the folder of runs, in place of `train.storage`.
+
     Raises:
-        RequestError: as `gsa.config.load_config`.
+        RequestError: as `gsa.config.load_config`; or an override sets another folder than `storage`.
     """
-    config = read_sweep(path, overrides)
+    config = read_sweep(path, overrides, storage)
     settle(config.train, "train.storage")
     return config
 
 
-def read_sweep(path: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+def read_sweep(path: str | Path, overrides: list[str] | None = None, storage: str | None = None) -> SweepConfig:
     """Read a sweep's configuration; its paths may be those of another machine."""
     data = read_yaml(Path(path))
     refuse_other_kind(Path(path), data, "sweep")
     data.setdefault("name", Path(path).stem)
-    return build(SweepConfig, data, overrides)
+    config = build(SweepConfig, data, overrides)
+    if storage is not None:
+        for key, value in map(parse_override, overrides or []):
+            given = value if key == "train.storage" else lookup({key: value}, "train.storage")
+            if given is not None and os.path.abspath(str(given)) != os.path.abspath(storage):
+                raise ConfigError("train.storage", given, f"is not what --storage {storage} says; give one of them")
+        config.train.storage = storage
+    return config
 
 
 def run_sweep(config: SweepConfig, console: Console) -> Report:
@@ -204,7 +226,7 @@ class Sweep:
 
     def _run(self) -> Report:
         config = self.config
-        resume = ["gsa", "sweep", "--resume", config.name]
+        resume = shlex.split(gsa("sweep", options={"--resume": config.name, **at_storage(config.train.storage)}))
         data = prepare_same(config.train, sorted((self.folder / "trials").glob("[!.]*")), resume, "train.")
         steps = total_steps(self.space.compose({}), data)
         config.scheduler.refuse_short(steps)
@@ -215,7 +237,8 @@ class Sweep:
             nodes, workers = fleet(), config.train.workers
             concurrent = concurrent_runs(nodes, workers, "train.workers", config.max_concurrent_trials)
             budget = Budget(config.budget, workers, nodes.types)
-            self._refuse_empty(data)
+            if config.gate and not (self.folder / CONFIG).exists():
+                self.space.refuse_empty(self._gate(data))  # before its name is taken
             self._write(UNFINISHED)
             parent = self._start_parent(tracking, data, budget)
             with self._state_told(tracking, parent):
@@ -265,7 +288,7 @@ class Sweep:
         finally:
             late = writer.finish(patience)
         if late:
-            again = f"gsa sweep --resume {config.name}"
+            again = gsa("sweep", options={"--resume": config.name, **at_storage(config.train.storage)})
             raise RunError(f"{late}; every result is in {self.folder}, and {again} logs what is missing")
 
     def _searcher(
@@ -301,7 +324,9 @@ class Sweep:
             # it only waits for its workers, which ask for theirs; `concurrent` keeps room for them
             resources = {"CPU": 0, "memory": 2**20}  # bytes; Tune wants something to ask for
         total = config.num_samples + config.dense_baseline + config.confirm.best * config.confirm.seeds
-        progress = SweepProgress(record, config.objectives, total, steps, self.console)
+        progress = SweepProgress(
+            record, config.objectives, total, config.num_samples, steps, searcher.halving, self.console
+        )
         begin(self.folder / "trials")
         release_dead(self.folder / "trials")
         try:
@@ -342,23 +367,6 @@ class Sweep:
             tracking.client.delete_run(found.info.run_id)  # of a start from this folder that did not get further
             return
         raise ConfigError("name", self.config.name, f"another sweep of this name is in {tracking.uri}; choose another")
-
-    def _refuse_empty(self, data: Prepared) -> None:
-        """Raise ConfigError for a new sweep none of whose proposals may train: its name is not taken then."""
-        if (self.folder / CONFIG).exists():
-            return
-        gate = self._gate(data) if self.config.gate else lambda _: None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(sampler=RandomSampler(seed=self.config.seed))
-        reason = ""
-        for _ in range(REJECTIONS):
-            try:
-                gate(self.space.compose(self.space.settings(self.space.sample(study.ask()))))
-                return
-            except RequestError as error:
-                reason = str(error)
-        allowed = f"has no valid combination in {REJECTIONS} draws; the last: {reason}"
-        raise ConfigError("space", sorted(self.config.space), allowed)
 
     def _write(self, name: str) -> None:
         """Write the configuration to a file of the folder: whole, or not at all."""

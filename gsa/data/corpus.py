@@ -25,8 +25,9 @@ from gsa.data.json_rows import json_rows
 from gsa.data.parquet_rows import parquet_rows
 from gsa.data.reading import Read
 from gsa.data.text_files import python_files, standard_library, text_files
-from gsa.errors import ConfigError, one_line
+from gsa.errors import ConfigError
 from gsa.progress import progress
+from gsa.reach import why_no_hub
 from gsa.settings import setting
 
 SOURCES = ("python_stdlib", "text", "json", "parquet", "hub")
@@ -215,7 +216,7 @@ def _identity(config: CorpusConfig, paths: list[Path]) -> str:
         try:
             builder = load_dataset_builder(config.name, config.subset, revision=config.revision)
         except (DatasetsError, OSError, ValueError) as error:
-            reason = one_line(error)
+            reason = why_no_hub(error)
             raise ConfigError("data.corpus.name", config.name, f"cannot be loaded: {reason}") from error
         parts.append(builder.cache_dir)  # names the version and the hash of the data files
     else:

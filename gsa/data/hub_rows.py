@@ -12,7 +12,8 @@ from typing import Any
 from gsa.data.document import Document, Skipped, missing_column, row
 from gsa.data.json_rows import json_rows
 from gsa.data.reading import Read, Source
-from gsa.errors import ConfigError, one_line
+from gsa.errors import ConfigError
+from gsa.reach import why_no_hub
 
 
 def hub_rows(
@@ -46,7 +47,7 @@ def hub_rows(
         raise _of_dataset(error, name) from error
     except (DatasetsError, ArrowException, OSError, ValueError, TypeError) as error:
         # the library's own kinds of errors for what it cannot find, reach, parse or bring to one type
-        raise ConfigError("data.corpus.name", name, f"cannot be read: {one_line(error)}") from error
+        raise ConfigError("data.corpus.name", name, f"cannot be read: {why_no_hub(error)}") from error
 
 
 def _rows(rows: Any, name: str, column: str) -> Iterator[Document | Skipped]:

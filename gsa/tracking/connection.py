@@ -3,11 +3,14 @@
 import contextlib
 import json
 import logging
+import re
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import mlflow
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, ViewType
@@ -206,9 +209,22 @@ def _explained(uri: str) -> Iterator[None]:
     except RequestError:
         raise
     except MlflowException as error:
-        raise RequestError(f"tracking.uri = {uri!r}: {error.message.splitlines()[0]}") from error
+        reason = _other_schema(error.message, uri) or error.message.splitlines()[0]
+        raise RequestError(f"tracking.uri = {uri!r}: {reason}") from error
     except (SQLAlchemyError, ValueError) as error:
         raise RequestError(f"tracking.uri = {uri!r}: is not a store of MLflow's ({one_line(error)[:200]})") from error
+
+
+def _other_schema(message: str, uri: str) -> str:
+    """What to do with a database that another version of MLflow has made, where MLflow's error says so."""
+    found = re.search(r"found version (\w+), but expected", message)
+    if found is None:
+        return ""
+    migrations = Path(mlflow.__file__).parent / "store/db_migrations/versions"
+    if not list(migrations.glob(f"{found[1]}_*.py")):
+        return f"was made by a later MLflow than {mlflow.__version__}, which is installed here: install that one"
+    upgrade = shlex.join(["mlflow", "db", "upgrade", uri])
+    return f"was made by an earlier MLflow; after a backup, bring it up to date: {upgrade}"
 
 
 @contextlib.contextmanager

@@ -424,7 +424,7 @@ COMMANDS = [
     *(Line(("eval", source, "--storage", "{folder}/runs"), "") for source in SOURCES),
     Line(("eval", "0" * 32, "--storage", "{folder}/runs"), "0" * 32),
     *(
-        Line(("report", "fake", "--tracking-uri", uri, "--storage", "{folder}/runs"), word)
+        Line(("report", "fake", "--tracking-uri", uri), word)
         for uri, word in (
             ("sqlite:///{canary}", "sqlite:///"),
             ("sqlite:////nowhere/x.db", "no runs are stored there"),
@@ -522,9 +522,9 @@ TEXTS = [
     Text("keys", b"1: 2", "1"),
     Text("complex", b"? [a]\n: b", "not YAML"),
     Text("null", b"~: 1", "None"),
-    Text("binary", bytes(range(256)), "cannot be read as text"),
-    Text("utf16", "name: x".encode("utf-16"), "cannot be read as text"),
-    Text("nul", b"name: a\0b", "not YAML"),
+    Text("binary", bytes(range(256)), "is binary"),
+    Text("utf16", "name: x".encode("utf-16"), "is text in UTF-16"),
+    Text("nul", b"name: a\0b", "is binary"),
     Text("surrogate", b'name: "\\ud800"', "name"),
     Text("list", b"- 1", "must hold a mapping"),
     Text("empty", b"", "must hold a mapping"),

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from gsa.errors import RequestError
 from gsa.tracking import OBJECTIVES, PARENT, Tracking
+from ray_jobs.leaderboard import show
 from ray_jobs.objectives import Aims, ObjectiveConfig
-from ray_jobs.report import read_report, show
+from ray_jobs.report import read_report
 from ray_jobs.reporting.page import to_html
 from ray_jobs.reporting.recorded import CONSTRAINTS, RATES
 from ray_jobs.space import Space

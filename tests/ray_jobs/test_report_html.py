@@ -16,9 +16,10 @@ from rich.console import Console
 from gsa.config import TrainConfig, build, to_yaml
 from gsa.errors import RequestError
 from gsa.tracking import Tracking
+from ray_jobs.leaderboard import show
 from ray_jobs.objectives import Aims, ObjectiveConfig
 from ray_jobs.record import COMPLETE, Entry
-from ray_jobs.report import Report, read_report, show
+from ray_jobs.report import Report, read_report
 from ray_jobs.reporting.page import to_html, write_html
 from ray_jobs.reporting.study import ENOUGH, importances
 from ray_jobs.space import Space

@@ -15,6 +15,7 @@ from rich.console import Console
 from dashboards.services import free_ports, write_private
 from gsa.errors import RequestError
 from ray_jobs import submit
+from ray_jobs.commands import shell
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.submit import refuse_large
 from tests.draw import Draw
@@ -81,6 +82,8 @@ def test_a_job_that_fails_is_told_with_the_way_on(tmp_path: Path, head: Environm
     assert done.returncode == 1
     assert "'nothing': is not in" in done.stdout
     assert "failed" in done.stderr
+    there = shell("--address", head["RAY_ADDRESS"], "--storage", tmp_path, "--working-dir", ROOT)
+    assert f"to go on: gsa submit --resume nothing {there}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
