@@ -203,7 +203,8 @@ def _rows(config: CorpusConfig) -> Iterator[Document]:
         else:
             paths = [str(path) for path in files_of(config)]
             _refuse_unreadable(paths, config.source)
-            rows = load_dataset(config.source, data_files=paths, split="train", streaming=True)
+            escaped = [glob.escape(path) for path in paths]  # the library takes them for globs
+            rows = load_dataset(config.source, data_files=escaped, split="train", streaming=True)
         for row in rows:
             yield _row(row, config.text_column)
     except RequestError:
