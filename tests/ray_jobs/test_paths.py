@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gsa.config import TrainConfig, build, load_config
+from gsa.data.corpus import CorpusConfig, documents
 from gsa.data.files import find_files
 from gsa.errors import ConfigError
 from gsa.paths import absolute_uri, database_of, sqlite_uri
@@ -165,3 +166,9 @@ def test_options_of_the_command_line_know_the_home_folder(
     assert ended.value.code == 2
     assert "home/none" in said or "home/s" in said
     assert not list(here.iterdir())
+
+
+def test_tables_are_read_from_files_of_any_name(here: Path) -> None:
+    for name in ("a[1]", "b c%20"):
+        (here / f"{name}.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+        assert len(list(documents(CorpusConfig("json", [f"{name}.jsonl"])))) == 2
