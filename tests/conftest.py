@@ -11,6 +11,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on the CPU; `make test
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from tests.draw import Draw
+from tests.interpreter import speed_up
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    speed_up()
 
 
 @pytest.fixture
