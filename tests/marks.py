@@ -31,6 +31,7 @@ CHILDREN = 1.0  # seconds of CPU time that the processes of a test that is not m
 _guarded: list[str] = []  # the test that runs, where it is not marked
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their fixtures; the largest groups come first, so that nobody waits for them in the end."""
     for item in items:

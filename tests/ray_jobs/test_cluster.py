@@ -33,7 +33,7 @@ def cluster_with_gpus() -> Iterator[None]:
     """A cluster of one node with five H100, which finds no program but `nvidia-smi`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(FOLDER))
-        resources = {"accelerator_type:H100": 1}
+        resources: dict[str, float] = {"accelerator_type:H100": 1}
         ray.init(num_cpus=3, num_gpus=5, resources=resources, include_dashboard=False, log_to_driver=False)
     try:
         with running():
