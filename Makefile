@@ -3,7 +3,7 @@ PYTHON ?= python3
 NAME ?= quickstart
 BIN := .venv/bin
 
-.PHONY: sweep test test-gpu lint ui services services-stop chaos audit clean
+.PHONY: sweep test test-fast test-gpu lint ui services services-stop chaos audit clean
 
 # A finished sweep is shown, an interrupted one continued, otherwise it starts. NAME=... starts another.
 sweep: .venv/installed
@@ -14,7 +14,11 @@ sweep: .venv/installed
 	fi
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25
+
+# what starts neither Ray nor a server and takes seconds: while you edit
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not ray and not services and not gpu"
 
 # the same kernels on a GPU; for checks of memory and races by NVIDIA's tools see tests/kernels/sanitize.py
 test-gpu: .venv/installed

@@ -23,7 +23,7 @@ from ray_jobs.cli import app
 from ray_jobs.space import Space
 from ray_jobs.sweep import read_sweep
 from tests.promises import COMMANDS, PROMISES
-from tests.ray_jobs.test_bad_input import call
+from tests.ray_jobs.commands import call
 from tests.readme import ROOT, Found, files, found_in, text_of
 from tests.text import write_files
 

@@ -32,8 +32,8 @@ from gsa.tracking import connect
 from ray_jobs.record import COMPLETE, Record
 from tests.ray_jobs.head import Head, link_project, running_head
 from tests.ray_jobs.nodes import RAY, kill_all, running_nodes
+from tests.ray_jobs.small import SPACE, write_sweep
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import SPACE, write_sweep
 from tests.text import tiny
 
 NODES, CPUS, WORKERS = 3, 2, 2

@@ -21,8 +21,9 @@ import psutil
 
 from ray_jobs.record import COMPLETE, Record
 from tests.bench.trial import RATE
+from tests.ray_jobs.commands import trial_processes
+from tests.ray_jobs.small import SPACE, write_sweep
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import SPACE, trial_processes, write_sweep
 
 PORT = 6391  # of a cluster's head
 PAUSES = {"driver": (2, 16), "worker": (0.2, 2), "head": (8, 30)}  # seconds before a kill, from the driver's start

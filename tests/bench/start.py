@@ -18,7 +18,7 @@ from gsa.spool import rows
 from ray_jobs.record import Record
 from ray_jobs.sweep import load_sweep, run_sweep
 from tests.bench.trial import RATE
-from tests.ray_jobs.test_sweep import SPACE, write_sweep
+from tests.ray_jobs.small import SPACE, write_sweep
 from tests.text import tiny
 
 STAGES = [{"kind": "dense", "steps": 4}]

@@ -36,11 +36,11 @@ from gsa.model import GSAForCausalLM
 from gsa.training import checkpoint
 from tests.dashboards import hostile
 from tests.dashboards.hostile import Http, Line, Login, Rpc, Signed
-from tests.dashboards.test_services import services as services
 from tests.draw import Draw
+from tests.ray_jobs.commands import call
 from tests.ray_jobs.fake_sweep import LOSS, aims, fake_sweep
-from tests.ray_jobs.head import Head, running_head
-from tests.ray_jobs.test_bad_input import SPACE, call
+from tests.ray_jobs.head import Head
+from tests.ray_jobs.small import SPACE
 from tests.seeds import seed_of
 from tests.text import tiny
 
@@ -157,18 +157,21 @@ def basic(who: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("outside")
+def world(services: Services, ray_head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    head, folder = ray_head, tmp_path_factory.mktemp("outside")
     canary = folder / "canary"
     canary.write_text("sings")
-    with pytest.MonkeyPatch.context() as patch, running_head(tmp_path_factory.mktemp("head")) as head:
+    with pytest.MonkeyPatch.context() as patch:
         for key in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
             patch.setenv(key, services.credentials[key])
         client = MlflowClient(services.uri)
-        run = client.create_run(client.create_experiment("gsa"), run_name="kept").info.run_id
+        known = client.get_experiment_by_name("gsa")
+        experiment = known.experiment_id if known is not None else client.create_experiment("gsa")
+        run = client.create_run(experiment, run_name="kept").info.run_id
         client.log_metric(run, "loss", 1.0)
         client.log_text(run, "kept", "kept.txt")
-        (kept,) = [one["Key"] for one in services.s3_client().list_objects_v2(Bucket=BUCKET)["Contents"]]
+        listed = services.s3_client().list_objects_v2(Bucket=BUCKET)["Contents"]
+        (kept,) = [one["Key"] for one in listed if run in one["Key"]]
         password = services.credentials["MLFLOW_TRACKING_PASSWORD"]
         token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         values = {"password": password, "basic": basic(f"gsa:{password}"), "run": run, "kept": kept, "token": token}

@@ -1,7 +1,6 @@
 """Shared services, real ones: nobody without a password, nothing beyond localhost, and all of it there again later."""
 
 import json
-import os
 import secrets
 import shutil
 import ssl
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import RunTag
 from torch.testing import assert_close
 
-from dashboards.services import HOST, SERVERS, Services, postgres_program
+from dashboards.services import HOST, SERVERS, Services
 from gsa import load_checkpoint
 from gsa.errors import RequestError
 from gsa.move import move
@@ -29,23 +27,7 @@ from gsa.tracking import KEY, connect
 from ray_jobs.report import read_report
 from ray_jobs.sweep import load_sweep, run_sweep
 from tests.draw import Draw
-from tests.ray_jobs.test_sweep import QUIET, write_sweep
-
-
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    try:
-        postgres_program("postgres")
-    except RequestError as error:
-        pytest.skip(str(error))
-    base = tmp_path_factory.mktemp("services")
-    for folder in (base, *base.parents):  # PostgreSQL runs as another user where we are root
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o011)
-    found = Services(base / "kept")
-    found.start()
-    yield found
-    found.stop()
+from tests.ray_jobs.small import QUIET, write_sweep
 
 
 @pytest.fixture
@@ -73,7 +55,7 @@ def ask_without_certificate(url: str) -> None:
 
 
 def test_a_sweep_goes_there_by_one_setting_and_is_there_after_a_restart(
-    draw: Draw, user: Services, tmp_path: Path
+    draw: Draw, user: Services, tmp_path: Path, cluster: None
 ) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
     report = run_sweep(load_sweep(path, [f"train.tracking.uri={user.uri}"]), QUIET)
@@ -113,7 +95,9 @@ def whole(client: MlflowClient, folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_laptops_store_moves_there_whole_even_if_it_is_cut_short(draw: Draw, user: Services, tmp_path: Path) -> None:
+def test_a_laptops_store_moves_there_whole_even_if_it_is_cut_short(
+    draw: Draw, user: Services, tmp_path: Path, cluster: None
+) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, name="moving")
     database = f"sqlite:///{tmp_path / 'runs/mlflow.db'}"
     here = [f"train.tracking.uri={database}", "train.tracking.experiment=move"]

@@ -25,7 +25,7 @@ from gsa.attention.selection import CoarseConfig, SelectionConfig
 from kernels.attend import attend
 from kernels.select import select
 from tests.draw import CONTROLLERS, Draw
-from tests.kernels.test_gpu_selection import go_the_way
+from tests.kernels.ways import go_the_way
 from tests.seeds import seed_of
 
 

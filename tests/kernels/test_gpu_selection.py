@@ -4,8 +4,6 @@ import pytest
 import torch
 
 import kernels.best
-import kernels.enclose
-import kernels.rows
 from kernels.attend import attend, attend_definition
 from kernels.bench import Indexer
 from kernels.levels import pool
@@ -14,6 +12,7 @@ from kernels.select import select
 from kernels.words import WORD, pack, unpack
 from tests.draw import Draw
 from tests.gpu import needs_gpu, off
+from tests.kernels.ways import go_the_way
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 TANH = 2**-11  # the largest error of tanh.approx
@@ -59,18 +58,6 @@ def test_selections_pass_the_certificate(
     missed = scores.masked_fill(~missed, -torch.inf).amax(-1)
     extra = scores.masked_fill(~(mine & ~exact)[:, differ], torch.inf).amin(-1)
     assert (missed - extra <= error).all()
-
-
-WAYS: dict[str, dict[str, float]] = {
-    "few": {}, "rows": {}, "long rows": {}, "marks": {"ROOM": 0},
-    "wrong bounds": {"ROOM": 0, "MANY": 0, "LIKELY": -0.1},
-}  # fmt: skip
-
-
-def go_the_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Find the best keys as in sequences of another length; with bounds that are wrong for half of the queries."""
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(kernels.rows if name == "ROOM" else kernels.enclose, name, value)
 
 
 @pytest.mark.parametrize(

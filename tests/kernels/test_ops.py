@@ -22,6 +22,8 @@ from kernels.windows import Windows, spread, spread_definition, visible
 from kernels.words import pack, unpack
 from tests.draw import INDEXERS, Draw
 
+pytestmark = pytest.mark.slow  # kernels are interpreted
+
 MODULES = [importlib.import_module(f"kernels.{name}") for name in ("attend", "best", "divergence", "levels", "windows")]
 
 

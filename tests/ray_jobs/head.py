@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from dashboards.services import free_ports, write_private
+from tests.ray_jobs.commands import ROOT, wait_for
 from tests.ray_jobs.nodes import ENVIRONMENT, RAY, write_configuration
-from tests.ray_jobs.test_sweep import ROOT, wait_for
 
 
 @dataclasses.dataclass(frozen=True)

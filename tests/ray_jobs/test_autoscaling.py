@@ -8,10 +8,11 @@ import pytest
 
 from gsa.training.steps import PREFIX, steps
 from tests.draw import Draw
+from tests.ray_jobs.commands import command, wait_for
 from tests.ray_jobs.head import link_project, running_head
 from tests.ray_jobs.nodes import kill_all, running_nodes
+from tests.ray_jobs.small import write_sweep
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import command, wait_for, write_sweep
 from tests.text import tiny
 
 STEPS, EVERY = 400, 40
@@ -38,6 +39,7 @@ class Checkpoints(threading.Thread):
             before = now
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_sweep_grows_its_cluster_loses_a_node_and_leaves_none(draw: Draw, tmp_path: Path) -> None:
     changes = {"evaluation__every": EVERY, "training__checkpoint_every": EVERY, "training__log_every": EVERY}

@@ -22,7 +22,7 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 
 from ray_jobs.aws import launched, node_tags
-from tests.ray_jobs.test_sweep import ROOT
+from tests.ray_jobs.commands import ROOT
 
 INSTANCE_TYPES = functools.cache(node_provider.list_ec2_instances)  # moto takes seconds for its list, each time
 SSH_FROM = "203.0.113.7/32"

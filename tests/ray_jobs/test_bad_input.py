@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,27 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ray_jobs.cli import main
+from tests.ray_jobs.commands import call, refused
+from tests.ray_jobs.small import SPACE
 from tests.text import tiny
-
-SPACE = {"training.optimizer.learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2}}
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    logging.raiseExceptions = False  # Ray's handlers still hold an earlier test's captured output
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    output, errors = capsys.readouterr()
-    return int(ended.value.code or 0), output, errors
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line of a refused request."""
-    code, output, errors = call(capsys, *arguments)
-    assert code == 2, output + errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in errors
-    return line
 
 
 @pytest.fixture
@@ -42,11 +23,19 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def joined(request: pytest.FixtureRequest) -> None:
+    """What comes as far as Ray joins the cluster that tests share."""
+    if request.node.get_closest_marker("ray") is not None:
+        request.getfixturevalue("cluster")
+
+
 def started(folder: Path) -> list[str]:
     """What a run leaves: checkpoints, records, runs in MLflow."""
     return [p.name for pattern in ("step-*", "record.jsonl", "sweep.yaml") for p in (folder / "runs").rglob(pattern)]
 
 
+JOINS = (pytest.mark.ray, pytest.mark.xdist_group("cluster"))
 SETTINGS = [
     ("model.num_layer=3", "did you mean 'num_layers'"),
     ("training.optimizer.learning_rate=0", "must be > 0"),
@@ -55,9 +44,9 @@ SETTINGS = [
     ("model.attention.gates.places=[G6]", "must be one of G1, G2, G3, G4, G5"),
     ("data.corpus.files=[nowhere.txt]", "nowhere.txt"),
     ("data.context_length=100000", "has only"),
-    ("workers.num_workers=9", "can never be scheduled: the cluster holds "),
-    ("workers.cpus_per_worker=999", "can never be scheduled"),
-    ("workers.gpus_per_worker=99", "can never be scheduled"),
+    pytest.param("workers.num_workers=9", "can never be scheduled: the cluster holds ", marks=JOINS),
+    pytest.param("workers.cpus_per_worker=999", "can never be scheduled", marks=JOINS),
+    pytest.param("workers.gpus_per_worker=99", "can never be scheduled", marks=JOINS),
     ("tracking.uri=http://127.0.0.1:1", "no MLflow server answers there"),
     ("tracking.uri=mysql://x", "must be sqlite:///PATH"),
     ("tracking.uri=sqlite:////proc/nowhere/mlflow.db", "tracking.uri"),

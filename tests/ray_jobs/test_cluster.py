@@ -1,7 +1,9 @@
 """What a cluster's GPUs hold is asked of their nodes, and what would not fit is refused before it runs."""
 
+import contextlib
 import dataclasses
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,21 +19,44 @@ from ray_jobs.runs import TrialContext
 from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
 from ray_jobs.trial import make_trainable
 from tests.draw import Draw
-from tests.ray_jobs.test_sweep import QUIET, write_sweep
+from tests.ray_jobs.small import QUIET, write_sweep
+from tests.shared import SharedCluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("gpus")]
+
+FOLDER = Path(tempfile.mkdtemp(prefix="gsa-gpus-"))
+TOOL, SIZES = FOLDER / "nvidia-smi", FOLDER / "sizes"
+
+
+@contextlib.contextmanager
+def cluster_with_gpus() -> Iterator[None]:
+    """A cluster of one node with five H100, which finds no program but `nvidia-smi`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(FOLDER))
+        resources: dict[str, float] = {"accelerator_type:H100": 1}
+        ray.init(num_cpus=3, num_gpus=5, resources=resources, include_dashboard=False, log_to_driver=False)
+    try:
+        with running():
+            yield
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture
-def sizes(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """MiB of the GPUs of a cluster's one node, as its `nvidia-smi` tells them; the smallest has one."""
+def gpus(shared_cluster: SharedCluster) -> Iterator[None]:
+    shared_cluster.start(cluster_with_gpus)
+    yield
+    TOOL.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def sizes(draw: Draw, gpus: None) -> list[int]:
+    """MiB of the node's GPUs, as its `nvidia-smi` tells them; the smallest has one."""
     found = [draw.random.randrange(2, 200_000) for _ in range(draw.random.randint(1, 4))] + [1]
     draw.random.shuffle(found)
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\n" + "".join(f"echo {size}\n" for size in found))
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    ray.init(num_cpus=1, num_gpus=len(found), include_dashboard=False, log_to_driver=False)
-    yield found
-    ray.shutdown()
+    TOOL.write_text("#!/bin/sh\n" + "".join(f"echo {size}\n" for size in found))
+    TOOL.chmod(0o755)
+    return found
 
 
 def test_a_worker_may_use_its_share_of_the_smallest_gpu(sizes: list[int]) -> None:
@@ -46,18 +71,12 @@ def test_what_does_not_fit_is_refused_before_it_runs(sizes: list[int], draw: Dra
         run_sweep(load_sweep(path, ["train.workers.gpus_per_worker=1", "train.model.vocab_size=50000"]), QUIET)
 
 
-def test_without_a_tool_that_tells_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        with running():
-            assert worker_memory(WorkersConfig(gpus_per_worker=1.0)) is None
-    finally:
-        ray.shutdown()
+def test_without_a_tool_that_tells_nothing_is_refused(gpus: None) -> None:
+    assert worker_memory(WorkersConfig(gpus_per_worker=1.0)) is None
 
 
 def test_storage_that_a_node_does_not_see_ends_the_sweep_and_costs_it_no_trial(
-    draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    draw: Draw, tmp_path: Path, gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2, dense_baseline=False)
 
@@ -75,20 +94,16 @@ def test_storage_that_a_node_does_not_see_ends_the_sweep_and_costs_it_no_trial(
     assert [trial["state"] for trial in report.trials] == ["finished"] * 2
 
 
-def test_trials_run_where_their_type_of_gpu_is(draw: Draw, tmp_path: Path) -> None:
+def test_trials_run_where_their_type_of_gpu_is(draw: Draw, tmp_path: Path, gpus: None) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=1, dense_baseline=False)
     ask = ["train.workers.gpus_per_worker=0.25"]
-    ray.init(num_cpus=3, num_gpus=1, resources={"accelerator_type:H100": 1}, include_dashboard=False)
-    try:
-        with pytest.raises(ConfigError, match=r"accelerator_type = 'L40S': can never be scheduled: nodes have H100"):
-            run_sweep(load_sweep(path, [*ask, "train.workers.accelerator_type=L40S"]), QUIET)
-        report = run_sweep(load_sweep(path, [*ask, "train.workers.accelerator_type=H100"]), QUIET)
-        assert [trial["state"] for trial in report.trials] == ["finished"]
-    finally:
-        ray.shutdown()
+    with pytest.raises(ConfigError, match=r"accelerator_type = 'L40S': can never be scheduled: nodes have H100"):
+        run_sweep(load_sweep(path, [*ask, "train.workers.accelerator_type=L40S"]), QUIET)
+    report = run_sweep(load_sweep(path, [*ask, "train.workers.accelerator_type=H100"]), QUIET)
+    assert [trial["state"] for trial in report.trials] == ["finished"]
 
 
-def test_an_address_where_no_head_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_no_head_answers_is_refused_at_once(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")

@@ -13,8 +13,8 @@ from gsa.lines import dotted, doubled, line_of
 from ray_jobs.capacity import Fleet
 from ray_jobs.cluster_file import check
 from tests.draw import Draw
-from tests.ray_jobs.test_bad_input import call
-from tests.ray_jobs.test_sweep import ROOT, write_sweep
+from tests.ray_jobs.commands import ROOT, call
+from tests.ray_jobs.small import write_sweep
 
 CLUSTERS = ["cluster.yaml", "configs/cluster/gcp.yaml", "configs/cluster/kuberay.yaml", "configs/cluster/rayjob.yaml"]
 

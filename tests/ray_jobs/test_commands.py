@@ -14,7 +14,7 @@ from ray_jobs import submit
 from ray_jobs.cli import app
 from ray_jobs.commands import at_storage, at_store, gsa, shell
 from tests.draw import Draw
-from tests.ray_jobs.test_bad_input import call, refused
+from tests.ray_jobs.commands import call, refused
 
 ROOT = Path(__file__).parents[2]
 AWKWARD = [

@@ -17,9 +17,10 @@ from gsa.tracking import connect
 from ray_jobs.record import COMPLETE, RUNNING, Record
 from ray_jobs.sweep import Sweep
 from tests.draw import Draw
+from tests.ray_jobs.commands import command, wait_for
 from tests.ray_jobs.head import running_head
+from tests.ray_jobs.small import QUIET, write_sweep
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import QUIET, command, wait_for, write_sweep
 from tests.text import tiny
 
 LONG = [{"kind": "dense", "steps": 20}, {"kind": "sparse", "steps": 3000}]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.cli import main
-from tests.ray_jobs.test_bad_input import refused
+from tests.ray_jobs.commands import refused
 
 
 @pytest.fixture

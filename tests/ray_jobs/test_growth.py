@@ -19,8 +19,9 @@ from ray_jobs.cluster import running
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.sweep import resume_sweep
 from tests.draw import Draw
+from tests.ray_jobs.commands import command, wait_for
+from tests.ray_jobs.small import QUIET, write_sweep
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import QUIET, command, wait_for, write_sweep
 from tests.text import tiny
 
 STAGES = [{"kind": "dense", "steps": 20}, {"kind": "sparse", "steps": 100}]

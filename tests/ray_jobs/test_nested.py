@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 from pathlib import Path
 
+import pytest
 import ray
 from ray.util.placement_group import placement_group, placement_group_table
 
@@ -12,7 +13,10 @@ from gsa.errors import RunError
 from ray_jobs.nested import begin, release_dead
 from ray_jobs.record import COMPLETE, FAIL, PAUSED, Record
 from tests.draw import Draw
-from tests.ray_jobs.test_sweep import check_whole, command, run, trial_processes, wait_for, write_sweep
+from tests.ray_jobs.commands import command, trial_processes, wait_for
+from tests.ray_jobs.small import check_whole, run, write_sweep
+
+pytestmark = pytest.mark.ray
 
 HELD_OUT = [{"metric": "held_out_loss"}]
 RATE = "training.optimizer.learning_rate"
@@ -27,7 +31,7 @@ def notes(folder: Path) -> list[Path]:
     return list((folder / "runs/sweeps/small/trials/.workers").glob("*"))
 
 
-def test_workers_outlast_trials_that_end_or_pause(draw: Draw, tmp_path: Path) -> None:
+def test_workers_outlast_trials_that_end_or_pause(draw: Draw, tmp_path: Path, cluster: None) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=3, dense_baseline=False)
     scheduler = "scheduler={kind: halving, grace_period: 8, reduction_factor: 2}"
     report = run(path, "train.workers.num_workers=2", "objectives=[{metric: held_out_loss}]", scheduler)
@@ -42,7 +46,7 @@ def test_workers_outlast_trials_that_end_or_pause(draw: Draw, tmp_path: Path) ->
     assert not notes(tmp_path)  # nothing is held any more
 
 
-def test_a_trial_that_fails_ends_its_workers_alone(draw: Draw, tmp_path: Path) -> None:
+def test_a_trial_that_fails_ends_its_workers_alone(draw: Draw, tmp_path: Path, cluster: None) -> None:
     rates = {RATE: {"type": "categorical", "choices": [1e-3, 1e30]}}
     path = write_sweep(
         tmp_path, draw.random.randrange(1000), space=rates, objectives=HELD_OUT, num_samples=4, dense_baseline=False,
@@ -71,23 +75,19 @@ def test_workers_whose_trial_is_killed_are_let_go(draw: Draw, tmp_path: Path) ->
     check_whole(tmp_path / "runs", 2)
 
 
-def test_what_a_driver_has_left_is_let_go_by_the_next_and_nothing_else_is(tmp_path: Path) -> None:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        begin(tmp_path)
-        assert len((tmp_path / ".drivers").read_text().split()) == 2
-        group = placement_group([{"CPU": 1}])
-        ray.get(group.ready())
-        own, job = ray.get_runtime_context().get_session_name(), ray.get_runtime_context().get_job_id()
-        cases = (
-            ([f"{own} {job}"], "CREATED"),  # it runs
-            ([f"another {job}", f"{own} ffffffff"], "CREATED"),  # the same number in another Ray
-            ([f"{own} eeeeeeee", f"{own} ffffffff"], "CREATED"),  # nobody's that we know
-            ([f"{own} {job}", f"{own} ffffffff"], "REMOVED"),
-        )
-        for lines, state in cases:
-            (tmp_path / ".drivers").write_text("".join(f"{line}\n" for line in lines))
-            release_dead(tmp_path)
-            assert placement_group_table(group)["state"] == state, lines
-    finally:
-        ray.shutdown()
+def test_what_a_driver_has_left_is_let_go_by_the_next_and_nothing_else_is(tmp_path: Path, cluster: None) -> None:
+    begin(tmp_path)
+    assert len((tmp_path / ".drivers").read_text().split()) == 2
+    group = placement_group([{"CPU": 1}])
+    ray.get(group.ready())
+    own, job = ray.get_runtime_context().get_session_name(), ray.get_runtime_context().get_job_id()
+    cases = (
+        ([f"{own} {job}"], "CREATED"),  # it runs
+        ([f"another {job}", f"{own} ffffffff"], "CREATED"),  # the same number in another Ray
+        ([f"{own} eeeeeeee", f"{own} ffffffff"], "CREATED"),  # nobody's that we know
+        ([f"{own} {job}", f"{own} ffffffff"], "REMOVED"),
+    )
+    for lines, state in cases:
+        (tmp_path / ".drivers").write_text("".join(f"{line}\n" for line in lines))
+        release_dead(tmp_path)
+        assert placement_group_table(group)["state"] == state, lines

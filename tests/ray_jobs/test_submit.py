@@ -4,7 +4,7 @@ import io
 import secrets
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ from ray_jobs.commands import shell
 from ray_jobs.record import COMPLETE, Record
 from ray_jobs.submit import refuse_large
 from tests.draw import Draw
-from tests.ray_jobs.head import link_project, running_head
+from tests.ray_jobs.apart import Answer, Asked, ask
+from tests.ray_jobs.commands import ROOT, command, wait_for
+from tests.ray_jobs.head import Head, link_project
 from tests.ray_jobs.nodes import RAY
+from tests.ray_jobs.small import lines, write_sweep
 from tests.ray_jobs.store import Store
-from tests.ray_jobs.test_sweep import ROOT, command, lines, wait_for, write_sweep
 
 Environment = dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    with running_head(tmp_path_factory.mktemp("head")) as head:
-        yield head.environment
+@pytest.fixture
+def head(ray_head: Head) -> Environment:
+    return ray_head.environment
 
 
 def gsa(environment: Environment, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -87,23 +88,42 @@ def test_a_job_that_fails_is_told_with_the_way_on(tmp_path: Path, head: Environm
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("how", ["no token", "wrong token", "elsewhere", "nobody", "not http"])
-def test_who_is_refused_is_told_in_one_line(tmp_path: Path, head: Environment, how: str) -> None:
-    path = write_sweep(tmp_path, 0)
-    write_private(tmp_path / "wrong", secrets.token_hex(32))
-    there, elsewhere = head["RAY_ADDRESS"], f"http://127.0.0.1:{free_ports(1)[0]}"
-    change, address, words = {
-        "no token": ({"RAY_AUTH_MODE": "disabled"}, there, "refused the token"),
-        "wrong token": ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}, there, "refused the token"),
-        "elsewhere": ({}, elsewhere, "no Ray head answers there"),
-        "nobody": ({}, "http://nobody.invalid:1", "no Ray head answers there"),
-        "not http": ({}, "127.0.0.1:6379", "must be http://HOST:PORT"),
-    }[how]
-    done = gsa(head | change, "submit", str(path), "--working-dir", str(tmp_path), "--address", address)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert (done.returncode, words in line) == (2, True), done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs/sweeps").exists()
+REFUSED = {
+    "no token": "refused the token",
+    "wrong token": "refused the token",
+    "elsewhere": "no Ray head answers there",
+    "nobody": "no Ray head answers there",
+    "not http": "must be http://HOST:PORT",
+}
+
+
+@pytest.fixture(scope="module")
+def answers(ray_head: Head, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """What `gsa submit` says to each request that is refused; all of them find nothing in its place afterwards."""
+    folder = tmp_path_factory.mktemp("refused")
+    path = write_sweep(folder, 0)
+    write_private(folder / "wrong", secrets.token_hex(32))
+    there, elsewhere = ray_head.environment["RAY_ADDRESS"], f"http://127.0.0.1:{free_ports(1)[0]}"
+    cases = {
+        "no token": ({"RAY_AUTH_MODE": "disabled"}, there),
+        "wrong token": ({"RAY_AUTH_TOKEN_PATH": str(folder / "wrong")}, there),
+        "elsewhere": ({}, elsewhere),
+        "nobody": ({}, "http://nobody.invalid:1"),
+        "not http": ({}, "127.0.0.1:6379"),
+    }
+    submit = ["submit", str(path), "--working-dir", str(folder), "--address"]
+    asked = [Asked([*submit, address], change) for change, address in cases.values()]
+    found = ask(asked, ray_head.environment)
+    assert not (folder / "runs/sweeps").exists()
+    return dict(zip(cases, found, strict=True))
+
+
+@pytest.mark.parametrize(("how", "words"), REFUSED.items())
+def test_who_is_refused_is_told_in_one_line(answers: dict[str, Answer], how: str, words: str) -> None:
+    done = answers[how]
+    (line,) = [line for line in done.errors.splitlines() if line.startswith("error: ")]
+    assert (done.code, words in line) == (2, True), done.errors
+    assert "Traceback" not in done.errors
 
 
 class Broken:

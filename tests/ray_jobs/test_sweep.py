@@ -1,62 +1,30 @@
 """Sweeps, whole: real Ray, real Optuna, real training, read back through MLflow's client."""
 
-import contextlib
+import dataclasses
 import json
-import os
+import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import yaml
-from rich.console import Console
 
 from gsa.data.packing import prepare
+from gsa.errors import RequestError
 from gsa.evaluation.floors import bigram_bits_per_byte
-from ray_jobs.record import COMPLETE, Record
-from ray_jobs.report import Report
-from ray_jobs.sweep import load_sweep, run_sweep
+from ray_jobs.record import Record
+from ray_jobs.sweep import load_sweep, resume_sweep, run_sweep
 from tests.draw import Draw
+from tests.ray_jobs.commands import ROOT, call, command, refused, trial_processes, wait_for
+from tests.ray_jobs.small import QUIET, SPACE, check_whole, lines, run, write_sweep
 from tests.ray_jobs.store import Store
-from tests.text import tiny
 
-ROOT = Path(__file__).parents[2]
-QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
-STAGES = [{"kind": "dense", "steps": 4}, {"kind": "warmup", "steps": 2}, {"kind": "sparse", "steps": 6}]
-SPACE: dict[str, Any] = {
-    "training.optimizer.learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True},
-    "model.attention.controller.k": {"type": "int", "low": 2, "high": 12},
-}
+pytestmark = pytest.mark.ray
 
 
-def write_sweep(folder: Path, seed: int, **changes: Any) -> Path:
-    """A sweep of six short trials, without a scheduler."""
-    sweep: dict[str, Any] = {
-        "name": "small",
-        "train": tiny(folder, seed, training__stages=STAGES, evaluation__every=4),
-        "space": SPACE,
-        "objectives": [{"metric": "held_out_loss"}, {"metric": "held_out_selected_fraction"}],
-        "num_samples": 5,
-        "scheduler": {"kind": "none"},
-    }
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(sweep | changes))
-    return path
-
-
-def run(path: Path, *overrides: str) -> Report:
-    return run_sweep(load_sweep(path, list(overrides)), QUIET)
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ray_jobs.cli", *arguments]
-
-
-def test_the_quickstart_at_a_smaller_size(tmp_path: Path) -> None:
+def test_the_quickstart_at_a_smaller_size(tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
     small = {
         "storage": str(tmp_path / "runs"),
         "data.corpus.max_bytes": "2000000",
@@ -105,41 +73,65 @@ def test_the_quickstart_at_a_smaller_size(tmp_path: Path) -> None:
     (model,) = store.client.search_registered_models()
     assert (model.name, model.latest_versions[0].run_id) == ("quickstart", report.trials[0]["run_id"])
 
-    again = json.loads(
-        subprocess.run(
-            command("report", "quickstart", "--json", "--storage", str(tmp_path / "runs")),
-            capture_output=True, text=True, check=True,
-        ).stdout
-    )  # fmt: skip
+    storage = ("--storage", str(tmp_path / "runs"))
+    code, shown, _ = call(capsys, "report", "quickstart", "--json", *storage)
+    assert code == 0
+    again = json.loads(shown)
     assert {"sweep", "objectives", "trials", "pareto", "best"} <= set(again)
     assert set(again["trials"][0]) >= {"trial_id", "state", "params", "metrics", "run_id", "checkpoint"}
     assert again == json.loads(report.to_json())
-    shown = subprocess.run(
-        command("eval", report.trials[0]["run_id"], "--json", "--storage", str(tmp_path / "runs")),
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    code, shown, _ = call(capsys, "eval", report.trials[0]["run_id"], "--json", *storage)
+    assert code == 0
     evaluated = json.loads(shown)["metrics"]["held_out_loss"]
     assert evaluated == pytest.approx(report.trials[0]["metrics"]["held_out_loss"], rel=1e-4)
 
 
-def test_a_sweep_exists_once_and_a_finished_one_is_only_shown_again(draw: Draw, tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
-    first = run(path)
-    refused = subprocess.run(command("sweep", str(path)), capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "exists in" in refused.stderr
-    other = ["train.storage=" + str(tmp_path / "other"), f"train.tracking.uri=sqlite:///{tmp_path}/runs/mlflow.db"]
-    refused = subprocess.run(command("sweep", str(path), *other), capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "another sweep of this name" in refused.stderr
-    record = (tmp_path / "runs/sweeps/small/record.jsonl").read_bytes()
-    resume = command("sweep", "--resume", "small", "--storage", str(tmp_path / "runs"))
-    shown = subprocess.run(resume, capture_output=True, text=True, check=True)
-    assert f"best: {first.best}" in shown.stdout
-    assert (tmp_path / "runs/sweeps/small/record.jsonl").read_bytes() == record
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A sweep of two trials and a dense one that ran as a process of its own, without a terminal."""
+
+    config: Path
+    storage: Path
+    output: str
+    errors: str
+    meanwhile: str  # why it could not be continued while it ran
 
 
-def test_a_trial_that_fails_is_kept_with_its_reason_and_the_sweep_goes_on(draw: Draw, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    folder, seed = tmp_path_factory.mktemp("ended"), random.randrange(1000)
+    print(f"seed {seed}")
+    path, storage = write_sweep(folder, seed, num_samples=2), folder / "runs"
+    process = subprocess.Popen(command("sweep", str(path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: lines(storage / "sweeps/small/record.jsonl") >= 2)
+    with pytest.raises(RequestError) as meanwhile:
+        resume_sweep("small", str(storage), QUIET)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return Ended(path, storage, output, errors, str(meanwhile.value))
+
+
+def test_a_sweep_that_runs_is_not_started_again(ended: Ended) -> None:
+    assert "is running already" in ended.meanwhile
+
+
+def test_a_sweep_exists_once_and_a_finished_one_is_only_shown_again(
+    ended: Ended, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "exists in" in refused(capsys, "sweep", str(ended.config))
+    other = [f"train.storage={tmp_path / 'other'}", f"train.tracking.uri=sqlite:///{ended.storage}/mlflow.db"]
+    assert "another sweep of this name" in refused(capsys, "sweep", str(ended.config), *other)
+    record = (ended.storage / "sweeps/small/record.jsonl").read_bytes()
+    _, report, _ = call(capsys, "report", "small", "--json", "--storage", str(ended.storage))
+    code, shown, _ = call(capsys, "sweep", "--resume", "small", "--storage", str(ended.storage))
+    assert code == 0
+    assert f"best: {json.loads(report)['best']}" in shown
+    assert (ended.storage / "sweeps/small/record.jsonl").read_bytes() == record
+
+
+def test_a_trial_that_fails_is_kept_with_its_reason_and_the_sweep_goes_on(
+    draw: Draw, tmp_path: Path, cluster: None
+) -> None:
     bad = {"type": "categorical", "choices": [1e-3, 1e30]}
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=6, dense_baseline=False)
     space = SPACE | {"training.optimizer.learning_rate": bad}
@@ -157,32 +149,7 @@ def test_a_trial_that_fails_is_kept_with_its_reason_and_the_sweep_goes_on(draw: 
         assert not (failed and trial["trial_id"] in report.pareto)
 
 
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def check_whole(folder: Path, trials: int) -> None:
-    """Nothing lost and nothing doubled: trials, runs, steps."""
-    record = Record(folder / "sweeps/small/record.jsonl")
-    assert len(record.trials()) == trials
-    assert all(entry.state == COMPLETE for entry in record.trials())
-    store = Store(folder)
-    assert store.parent().info.status == "FINISHED"
-    steps = {e.trial_id: [4, 8, 10] if e.baseline else [4, 8, 12] for e in record.trials()}
-    store.check_steps(steps)
-    assert {e.trial_id: sorted(e.steps) for e in record.trials()} == steps
-    for trial in store.children().values():
-        assert (trial.info.status, trial.data.tags["gsa.state"]) == ("FINISHED", "finished")
-
-
-def test_a_driver_killed_at_any_moment_is_resumed_to_the_same_sweep(draw: Draw, tmp_path: Path) -> None:
+def test_a_driver_killed_at_any_moment_is_resumed_to_the_same_sweep(draw: Draw, tmp_path: Path, cluster: None) -> None:
     seed = draw.random.randrange(1000)
     path = write_sweep(tmp_path, seed, max_concurrent_trials=1)
     arguments, kills = ["sweep", str(path)], 0
@@ -199,7 +166,7 @@ def test_a_driver_killed_at_any_moment_is_resumed_to_the_same_sweep(draw: Draw, 
         process.wait()
         arguments = resume
     assert kills >= 2
-    subprocess.run(command(*resume), check=True, capture_output=True)
+    resume_sweep("small", str(tmp_path / "runs"), QUIET)
     check_whole(tmp_path / "runs", 6)
     (tmp_path / "whole").mkdir()
     uninterrupted = write_sweep(tmp_path / "whole", seed, max_concurrent_trials=1)
@@ -207,15 +174,6 @@ def test_a_driver_killed_at_any_moment_is_resumed_to_the_same_sweep(draw: Draw, 
     found = [Record(f / "runs/sweeps/small/record.jsonl") for f in (tmp_path, tmp_path / "whole")]
     assert [e.params for e in found[0].trials()] == [e.params for e in found[1].trials()]
     assert [e.values for e in found[0].trials()] == [e.values for e in found[1].trials()]
-
-
-def trial_processes(driver: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "ImplicitFunc" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(draw: Draw, tmp_path: Path) -> None:
@@ -234,7 +192,9 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(draw: Draw,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sweep_says_how_to_go_on_and_does(draw: Draw, tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_sweep_says_how_to_go_on_and_does(
+    draw: Draw, tmp_path: Path, cluster: None, number: signal.Signals
+) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
     record = tmp_path / "runs/sweeps/small/record.jsonl"
     process = subprocess.Popen(command("sweep", str(path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -246,29 +206,13 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_does(draw: Draw, tmp_path: P
     store = Store(tmp_path / "runs")
     assert store.parent().info.status == "KILLED"
     assert {run.info.status for run in store.children().values()} <= {"KILLED", "FINISHED"}
-    resume = command("sweep", "--resume", "small", "--storage", str(tmp_path / "runs"))
-    subprocess.run(resume, check=True, capture_output=True)
+    resume_sweep("small", str(tmp_path / "runs"), QUIET)
     check_whole(tmp_path / "runs", 3)
 
 
-def test_a_sweep_that_runs_is_not_started_again(draw: Draw, tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, draw.random.randrange(1000))
-    record = tmp_path / "runs/sweeps/small/record.jsonl"
-    process = subprocess.Popen(command("sweep", str(path)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: lines(record) >= 2)
-    resume = command("sweep", "--resume", "small", "--storage", str(tmp_path / "runs"))
-    refused = subprocess.run(resume, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "is running already" in refused.stderr
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(draw: Draw, tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
-    done = subprocess.run(command("sweep", str(path)), capture_output=True, text=True, check=True)
-    assert "\x1b" not in done.stdout
-    assert "3/3 trials (3 finished)" in done.stdout
-    assert "started" in done.stdout
-    assert "best held_out" not in done.stderr
-    assert "gsa ui" in done.stdout
+def test_progress_is_plain_lines_where_there_is_no_terminal(ended: Ended) -> None:
+    assert "\x1b" not in ended.output
+    assert "3/3 trials (3 finished)" in ended.output
+    assert "started" in ended.output
+    assert "best held_out" not in ended.errors
+    assert "gsa ui" in ended.output

@@ -17,12 +17,25 @@ from torch.testing import assert_close
 
 from gsa import load_checkpoint, spool
 from gsa.training.steps import steps
+from ray_jobs.train import load_train, run_train
 from tests.bench.outage import Server
 from tests.draw import Draw
+from tests.ray_jobs.commands import call, refused
+from tests.ray_jobs.small import QUIET
 from tests.ray_jobs.store import Store
 from tests.seeds import seed_of
+from tests.shared import SharedCluster
 from tests.text import tiny
 from tests.unnamed import UNNAMED, can_be_unnamed
+
+pytestmark = pytest.mark.ray
+
+
+def written(folder: Path, seed: int, **changes: Any) -> str:
+    """The file of a small run's configuration."""
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(tiny(folder, seed, **changes)))
+    return str(path)
 
 
 def start(folder: Path, seed: int, *overrides: str, anywhere: bool = False, **changes: Any) -> "subprocess.Popen[str]":
@@ -36,9 +49,8 @@ def start(folder: Path, seed: int, *overrides: str, anywhere: bool = False, **ch
             long for sockets.
         changes: to the configuration.
     """
-    path = folder / "train.yaml"
-    path.write_text(yaml.safe_dump(tiny(folder, seed, **changes)))
-    command, environment = [sys.executable, "-m", "ray_jobs.train", str(path), *overrides], dict(os.environ)
+    command = [sys.executable, "-m", "ray_jobs.train", written(folder, seed, **changes), *overrides]
+    environment = dict(os.environ)
     if anywhere:
         temporary = folder / ("t" * 150)
         temporary.mkdir()
@@ -84,8 +96,11 @@ def test_a_user_without_an_account_trains_where_the_temporary_folder_has_a_long_
     assert Store(tmp_path / "runs").runs()[0].info.status == "FINISHED"
 
 
-def test_two_workers_train_one_model_and_mlflow_has_all_of_it(draw: Draw, tmp_path: Path) -> None:
-    code, output, errors = end(start(tmp_path, draw.random.randrange(1000), "workers.num_workers=2"))
+def test_two_workers_train_one_model_and_mlflow_has_all_of_it(
+    draw: Draw, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, draw.random.randrange(1000))
+    code, output, errors = call(capsys, "train", path, "workers.num_workers=2")
     assert code == 0, errors
     (run,) = Store(tmp_path / "runs").runs()
     store = Store(tmp_path / "runs")
@@ -104,16 +119,22 @@ LONG: dict[str, Any] = {"training__stages": [{"kind": "sparse", "steps": 150}], 
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory, shared_cluster: SharedCluster) -> tuple[int, Path]:
     """A seed, and the folder of a run of it that nothing interrupted: the same for every way to interrupt one."""
     seed, folder = seed_of("whole") % 1000, tmp_path_factory.mktemp("whole")
-    assert end(start(folder, seed, **LONG))[0] == 0
+    shared_cluster.start()
+    run_train(load_train(written(folder, seed, **LONG)), QUIET)
     return seed, folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
-    draw: Draw, tmp_path: Path, whole: tuple[int, Path], number: signal.Signals
+    draw: Draw,
+    tmp_path: Path,
+    whole: tuple[int, Path],
+    cluster: None,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
     seed, uninterrupted = whole
     home = tmp_path / "runs"
@@ -137,7 +158,7 @@ def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
         assert len(steps(folder)) == 1
         assert int(steps(folder)[0].name[5:]) >= max(row.step for row in spool.rows(folder))  # no step is lost
     saved = int(steps(folder)[-1].name[5:])
-    code, output, errors = end(start(tmp_path, seed, f"storage={home}", **changes))
+    code, output, errors = call(capsys, "train", written(tmp_path, seed, **changes), f"storage={home}")
     assert code == 0, errors
     assert f"continuing from step {saved} of 150" in output
     assert (tmp_path / "runs").exists() == (home == tmp_path / "runs")
@@ -149,9 +170,11 @@ def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
     assert_close(resumed.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
-def test_a_run_that_fails_says_why_and_ends_as_failed(draw: Draw, tmp_path: Path) -> None:
+def test_a_run_that_fails_says_why_and_ends_as_failed(
+    draw: Draw, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     rate = "training.optimizer.learning_rate=1e30"
-    code, _, errors = end(start(tmp_path, draw.random.randrange(1000), rate))
+    code, _, errors = call(capsys, "train", written(tmp_path, draw.random.randrange(1000)), rate)
     assert code == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert "learning rate 1e+30" in line
@@ -161,13 +184,13 @@ def test_a_run_that_fails_says_why_and_ends_as_failed(draw: Draw, tmp_path: Path
     assert "learning rate 1e+30" in run.data.tags["gsa.reason"]
 
 
-def test_other_settings_under_the_same_name_are_refused_and_change_nothing(draw: Draw, tmp_path: Path) -> None:
-    seed = draw.random.randrange(1000)
-    assert end(start(tmp_path, seed))[0] == 0
+def test_other_settings_under_the_same_name_are_refused_and_change_nothing(
+    draw: Draw, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, draw.random.randrange(1000))
+    assert call(capsys, "train", path)[0] == 0
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")}
-    code, _, errors = end(start(tmp_path, seed, "model.num_layers=3"))
-    assert code == 2
-    assert "model.num_layers = 3: was 2" in errors
+    assert "model.num_layers = 3: was 2" in refused(capsys, "train", path, "model.num_layers=3")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")} == files
 
 
@@ -179,8 +202,11 @@ def server(tmp_path: Path) -> Iterator[str]:
     server.kill()
 
 
-def test_runs_and_checkpoints_go_to_a_tracking_server(draw: Draw, tmp_path: Path, server: str) -> None:
-    code, _, errors = end(start(tmp_path, draw.random.randrange(1000), f"tracking.uri={server}"))
+@pytest.mark.services
+def test_runs_and_checkpoints_go_to_a_tracking_server(
+    draw: Draw, tmp_path: Path, server: str, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, errors = call(capsys, "train", written(tmp_path, draw.random.randrange(1000)), f"tracking.uri={server}")
     assert code == 0, errors
     assert not (tmp_path / "runs/mlflow.db").exists()
     client = MlflowClient(server)
@@ -189,8 +215,9 @@ def test_runs_and_checkpoints_go_to_a_tracking_server(draw: Draw, tmp_path: Path
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "held_out_loss")] == [4, 8, 12]
-    command = [sys.executable, "-m", "ray_jobs.cli", "eval", run.info.run_id, "--tracking-uri", server]
-    command += ["--json", "--storage", str(tmp_path / "runs")]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    storage = ("--storage", str(tmp_path / "runs"))
+    code, shown, errors = call(capsys, "eval", run.info.run_id, "--tracking-uri", server, "--json", *storage)
+    assert code == 0, errors
+    found = json.loads(shown)
     assert found["metrics"]["held_out_loss"] == pytest.approx(run.data.metrics["held_out_loss"], rel=1e-4)
     assert "context_length = 24" in found["retrieval_refused"]

@@ -13,8 +13,7 @@ import pytest
 
 from dashboards.services import free_ports
 from tests.mlflow_store import new_store
-from tests.ray_jobs.test_bad_input import refused
-from tests.ray_jobs.test_sweep import command, wait_for
+from tests.ray_jobs.commands import command, refused, wait_for
 
 # what listens is a grandchild, and nobody passes signals on to it
 SERVER = """

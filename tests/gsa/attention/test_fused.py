@@ -14,6 +14,8 @@ from gsa.errors import RequestError
 from kernels.words import pack, unpack
 from tests.draw import CONTROLLERS, INDEXERS, Draw
 
+pytestmark = pytest.mark.slow  # kernels are interpreted
+
 ROUNDING = 1e-5  # of an fp32 score
 
 
