@@ -81,7 +81,8 @@ class Sweep:
             paused = [e for e in self.record.trials() if e.state == PAUSED]
             if not running or random.random() < 0.2:
                 name = f"t{len(self.record.entries)}"
-                self.record.propose(Entry(name, {"a": 1}, {}, ran=random.random() < 0.9))
+                ran = random.random() < 0.9
+                self.record.propose(Entry(name, {"a": 1}, {}, ran=ran, state=RUNNING if ran else FAIL))
                 self.steps.setdefault(name, [])
                 continue
             if paused and random.random() < 0.2:
