@@ -118,6 +118,7 @@ def told(log: MlflowLog, last: bool = True) -> None:
     raise AssertionError("it never came through")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_all_is_told_and_once_through_outages_and_new_lives(draw: Draw, tmp_path: Path, share: float) -> None:
     sweep = Sweep(tmp_path, draw)
@@ -180,6 +181,7 @@ def test_a_run_that_mlflow_refuses_for_good_does_not_hold_up_the_others(draw: Dr
     assert sweep.tracking.state(second) == "stopped_early"
 
 
+@pytest.mark.slow
 def test_the_process_tells_the_rest_when_the_sweep_is_over_and_does_not_mind_ctrl_c(draw: Draw, tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, draw)
     writer = MlflowWriter(sweep.tracking, sweep.record.path, sweep.context)
