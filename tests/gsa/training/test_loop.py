@@ -228,6 +228,7 @@ trainer.train(lambda step, metrics: print(json.dumps([step, metrics]), flush=Tru
 """
 
 
+@pytest.mark.slow
 def test_killed_in_mid_training_and_resumed_equals_the_uninterrupted_run_bit_for_bit(
     draw: Draw, tmp_path: Path
 ) -> None:
