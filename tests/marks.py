@@ -76,15 +76,13 @@ def _children() -> float:
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """Python tells of each process before it starts it."""
-    if not _guarded or event not in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"):
+    """Python tells of each program before it starts it."""
+    if not _guarded or event != "subprocess.Popen":
         return
-    program = ""
-    if event == "subprocess.Popen":
-        executable, command = arguments[:2]
-        program = Path(os.fsdecode(executable or command[0])).name
+    executable, command = arguments[:2]
+    program = Path(os.fsdecode(executable or command[0])).name
     if program not in QUICK:
-        _refuse(f"starts a process ({program or event})")
+        _refuse(f"starts a process ({program})")
 
 
 def _refuse(what: str) -> None:

@@ -170,6 +170,7 @@ def test_a_wrong_override_is_refused_by_key_value_and_what_is_allowed(override: 
     assert words in refusal(override)
 
 
+@pytest.mark.slow
 @given(
     key=st.sampled_from(all_keys(TrainConfig)),
     value=st.none()
@@ -250,6 +251,7 @@ def test_errors_survive_the_way_between_processes() -> None:
     assert (error.key, error.value, error.allowed, str(error)) == ("a.b", 3, "must be < 3", "a.b = 3: must be < 3")
 
 
+@pytest.mark.slow
 def test_a_replaced_configuration_is_what_building_makes_of_it(draw: Draw) -> None:
     """Or is left to it; and what the one refuses, the other does."""
     base = build(TrainConfig, {"model": {"num_layers": 3}})

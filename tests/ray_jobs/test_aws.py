@@ -24,6 +24,7 @@ from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_K
 from ray_jobs.aws import launched, node_tags
 from tests.ray_jobs.commands import ROOT
 
+pytestmark = pytest.mark.slow
 INSTANCE_TYPES = functools.cache(node_provider.list_ec2_instances)  # moto takes seconds for its list, each time
 SSH_FROM = "203.0.113.7/32"
 Config = dict[str, Any]

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,13 +26,18 @@ from tests.shared import SharedCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("gpus")]
 
-FOLDER = Path(tempfile.mkdtemp(prefix="gsa-gpus-"))
-TOOL, SIZES = FOLDER / "nvidia-smi", FOLDER / "sizes"
+FOLDER = Path(tempfile.gettempdir()) / f"gsa-gpus-{os.getpid()}"  # all programs that a node finds
+TOOL = FOLDER / "nvidia-smi"
 
 
 @contextlib.contextmanager
 def cluster_with_gpus() -> Iterator[None]:
-    """A cluster of one node with five H100, which finds no program but `nvidia-smi`."""
+    """A cluster of one node with five H100, which finds no program but a shell and, where a test has one, `TOOL`."""
+    FOLDER.mkdir()
+    for name in ("bash", "sh"):  # Ray starts workers with it
+        program = shutil.which(name)
+        assert program is not None
+        (FOLDER / name).symlink_to(program)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(FOLDER))
         resources: dict[str, float] = {"accelerator_type:H100": 1}
@@ -40,6 +47,7 @@ def cluster_with_gpus() -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+        shutil.rmtree(FOLDER)
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def opened(target: str) -> BaseStorage:
     return RDBStorage(target) if "://" in target else JournalStorage(JournalFileBackend(target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["sqlite:///{}/study.db", "{}/study.journal"])
 @pytest.mark.parametrize("objectives", [aims(BITS), aims(BITS, "tokens_per_second")])
 def test_an_optuna_study_holds_every_trial_as_it_ended(

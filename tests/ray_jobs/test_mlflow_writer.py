@@ -128,6 +128,7 @@ def told(log: MlflowLog, last: bool = True) -> None:
     raise AssertionError("it never came through")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_all_is_told_and_once_through_outages_and_new_lives(draw: Draw, tmp_path: Path, share: float) -> None:
     sweep = Sweep(tmp_path, draw)
@@ -337,6 +338,7 @@ def test_each_kind_of_failure_is_one_line_however_often_it_comes(
     assert said[-1] == ""
 
 
+@pytest.mark.slow
 def test_the_process_tells_the_rest_though_it_is_killed_and_does_not_mind_ctrl_c(
     draw: Draw, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

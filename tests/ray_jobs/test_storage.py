@@ -25,6 +25,7 @@ with locked(Path(sys.argv[1]), "sweep 's'"):
 """
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_told_who_the_first_is_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -82,6 +82,7 @@ def test_every_stage_moves_what_it_trains_and_nothing_else(draw: Draw, tmp_path:
             assert (not torch.equal(before[name], p)) == trained, name
 
 
+@pytest.mark.slow
 def test_a_trained_model_predicts_better_than_the_frequencies_of_tokens(draw: Draw, tmp_path: Path) -> None:
     data = tiny(tmp_path, draw.random.randrange(1000), training__stages=[{"kind": "sparse", "steps": 200}])
     trainer, logged = train(data, tmp_path / "a")
@@ -130,23 +131,27 @@ def test_accumulating_gradients_changes_no_result(draw: Draw, tmp_path: Path) ->
             assert_same(other, found[0])
 
 
-def _worker(rank: int, world: int, data: dict[str, Any], folder: Path) -> None:
+def _worker(rank: int, world: int, runs: dict[Path, dict[str, Any]], meeting: Path) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", f"file://{folder}.meeting".replace(" ", "-"), rank=rank, world_size=world)
-    trainer, logged = train(data, folder)
-    if rank == 0:
-        torch.save({"weights": weights(trainer), "logged": untimed(logged)}, folder / "result.pt")
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
+    for folder, data in runs.items():
+        trainer, logged = train(data, folder)
+        if rank == 0:
+            torch.save({"weights": weights(trainer), "logged": untimed(logged)}, folder / "result.pt")
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double")
 def test_two_workers_equal_one_on_the_same_global_batch(draw: Draw, tmp_path: Path) -> None:
+    runs: dict[Path, dict[str, Any]] = {}
     for controller in ("variance", "learned"):
-        data = tiny(tmp_path, draw.random.randrange(1000))
+        data = tiny(tmp_path / controller, draw.random.randrange(1000))
         data["model"]["attention"]["controller"]["kind"] = controller
-        alone, logged = train(data, tmp_path / f"{controller} one")
-        folder = tmp_path / f"{controller} two"
-        spawn(_worker, (2, data, folder), nprocs=2)
+        runs[tmp_path / f"{controller} two"] = data
+    spawn(_worker, (2, runs, tmp_path / "meeting"), nprocs=2)
+    for folder, data in runs.items():
+        alone, logged = train(data, folder.with_name(f"{folder.name} one"))
         both = torch.load(folder / "result.pt", weights_only=True)
         assert_close(both["logged"], untimed(logged), rtol=1e-5, atol=1e-6)
         assert_close(both["weights"], weights(alone), rtol=1e-7, atol=1e-9)
@@ -275,6 +280,7 @@ trainer.train(lambda step, metrics: print(json.dumps([step, metrics]), flush=Tru
 """
 
 
+@pytest.mark.slow
 def test_killed_in_mid_training_and_resumed_equals_the_uninterrupted_run_bit_for_bit(
     draw: Draw, tmp_path: Path
 ) -> None:
