@@ -25,6 +25,9 @@ UI = "tests/ray_jobs/test_ui.py::test_mlflow_answers_on_localhost_alone_and_ends
 BENCH = "tests/ray_jobs/test_bench.py::test_a_table_and_json_show_every_row"
 INTERRUPTED = f"{SWEEP}::test_an_interrupted_sweep_says_how_to_go_on_and_does"
 KILLED = f"{SWEEP}::test_a_driver_killed_at_any_moment_is_resumed_to_the_same_sweep"
+FAULTS = "tests/ray_jobs/test_faults.py"
+FULL_DISK = f"{FAULTS}::test_a_full_disk_ends_the_sweep_and_no_trial"
+LIFE = "tests/ray_jobs/test_growth.py::test_the_life_of_a_sweep"
 MOVES = f"{SERVICES}::test_a_laptops_store_moves_there_whole_even_if_it_is_cut_short"
 SHARED = f"{SERVICES}::test_a_sweep_goes_there_by_one_setting_and_is_there_after_a_restart"
 HUB = "tests/gsa/data/test_corpus.py::test_rows_come_from_json_lines_and_parquet_and_dataset_folders"
@@ -94,7 +97,9 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{TRAIN}::test_an_interrupted_run_goes_on_by_itself_to_the_same_model",
     ),
     "searches; ends with the leaderboard and the Pareto front": (QUICKSTART,),
-    "continues a sweep, whatever ended it: Ctrl-C, a crash, `kill -9`": (INTERRUPTED, KILLED),
+    "continues a sweep, whatever ended it: Ctrl-C, a crash, `kill -9`, a full disk": (INTERRUPTED, KILLED, FULL_DISK),
+    "`num_samples`, `max_concurrent_trials`, `max_failures`, `confirm` and `budget` may change": (LIFE,),
+    "A folder of runs may be moved or copied: `--storage` says where it is now": (LIFE,),
     "the same sweep as a job on a Ray cluster": (JOB,),
     "leaderboard, Pareto front, importances, curves, layers, cost, failures of a sweep, running or ended": (
         "tests/ray_jobs/test_report_html.py::test_json_holds_curves_layers_cost_and_importances_of_every_trial",
@@ -111,7 +116,19 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{BAD}::test_doctor_finds_this_machine_well_and_a_foreign_kernels_package_wrong",
         CLUSTER,
     ),
-    "Exit codes: 0 done, 1 a run failed, 2 the request was wrong (one line says how), 130 interrupted": (
+    "Ctrl-C, SIGTERM (`timeout`, Slurm, Kubernetes) and a closed terminal let every running trial save": (
+        LIFE,
+        f"{TRAIN}::test_an_interrupted_run_goes_on_by_itself_to_the_same_model",
+        "tests/gsa/training/test_stop.py::test_a_stop_saves_the_step_in_hand_and_the_run_goes_on_to_the_same_model",
+        "tests/gsa/training/test_stop.py::test_workers_agree_to_stop_when_one_of_them_is_asked_to",
+    ),
+    "a second signal ends at once": (f"{FAULTS}::test_a_second_signal_ends_at_once_and_says_what_is_lost",),
+    "A disk that is full or a cluster that dies ends a sweep with exit code 1 and fails no trial.": (
+        FULL_DISK,
+        f"{FAULTS}::test_a_sweep_whose_raylet_is_killed_ends_with_a_word_and_goes_on",
+        f"{FAULTS}::test_a_run_whose_joined_cluster_dies_ends_with_a_word",
+    ),
+    "Exit codes: 0 done, 1 a run failed, 2 the request was wrong (one line says how, and nothing was started), 130": (
         QUICKSTART,
         f"{TRAIN}::test_a_run_that_fails_says_why_and_ends_as_failed",
         f"{BAD}::test_a_wrong_setting_of_a_sweep",
