@@ -30,13 +30,14 @@ class Matching:
     gone: list[str]  # keys that no longer exist
     differing: Counter[str]  # key, to the number of trials that it kept from being taken over
     trials: int  # that have results
+    notes: list[str] = dataclasses.field(default_factory=list)  # what is in the store and could not be read
 
     def summary(self, sweep: str) -> str:
         words = [f"warm start: {len(self.entries)} of {self.trials} trials of {sweep} are taken over"]
         if self.gone:
             words.append(f"no longer there: {', '.join(self.gone)}")
         words += [f"{count} differ in {key}" for key, count in self.differing.most_common(3)]
-        return "; ".join(words)
+        return "; ".join([*words, *self.notes])
 
 
 def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matching:
@@ -53,7 +54,7 @@ def matching(tracking: Tracking, sweep: str, space: Space, aims: Aims) -> Matchi
         raise RequestError(f"warm_start = {sweep!r}: is not in {tracking.uri}{hint}")
     base, gone = _known(stored_sweep(tracking, parent.info.run_id).train)
     found = Matching([], gone, Counter(), 0)
-    trials, _ = trials_of(tracking, parent)
+    trials, found.notes = trials_of(tracking, parent)
     for trial in trials:
         run, state = trial.run, trial.state
         if state not in ("finished", "stopped_early") or trial.baseline or trial.confirms is not None:

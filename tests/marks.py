@@ -20,6 +20,7 @@ MARKS = {
     "no_cluster": ("ray",),
     "ray_head": ("ray", "services"),
     "services": ("services",),
+    "swept": ("ray",),
 }
 # what a name in a test's module says of it
 IMPORTS = dict.fromkeys(("command", "ray", "resume_sweep", "run_sweep", "run_train", "running_head"), "ray")

@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "make ui": (TARGET, UI),
     "make test": (TARGET,),
     "make test-gpu": (TARGET,),
+    "make test-fast": (TARGET,),
+    "python -m kernels.results": ("tests/kernels/test_results.py::test_the_table_of_forwards_is_that_of_the_numbers",),
     "make services": (TARGET, SHARED),
     "make services-stop": (TARGET, SHARED),
     "make services && source runs/services/mlflow.env": (TARGET, SHARED),

@@ -129,7 +129,8 @@ def test_rays_own_commands_have_these_options(line: str) -> None:
 def test_every_make_target_exists_and_runs_what_is_said() -> None:
     said = {
         "sweep": "gsa sweep configs/sweep/quickstart.yaml name=", "ui": "gsa ui", "test": "-m pytest",
-        "test-gpu": "-m pytest -m gpu", "services": "dashboards.services start", "chaos": "tests.bench.chaos",
+        "test-gpu": "-m pytest -m gpu", "test-fast": "not slow",
+        "services": "dashboards.services start", "chaos": "tests.bench.chaos",
         "services-stop": "dashboards.services stop", "audit": "pip-audit", "lint": "lint-imports",
     }  # fmt: skip
     named = {
@@ -267,6 +268,7 @@ def test_the_python_of_the_readme_runs() -> None:
     ]
 
 
+@pytest.mark.ray
 def test_a_run_on_ones_own_text(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +319,7 @@ def test_the_four_arms_are_settings() -> None:
         build(TrainConfig, {}, [key if key.startswith("model.") else f"model.attention.{key}" for key in arm])
 
 
+@pytest.mark.slow
 def test_an_account_is_made_with_what_its_template_asks_for(tmp_path: Path) -> None:
     """The block as it stands, with programs that only write down what they were given."""
     for name, answer in (("aws", "one"), ("curl", "203.0.113.7"), ("pip", "")):

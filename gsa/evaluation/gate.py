@@ -332,9 +332,9 @@ def _passes(small: Small, changes: dict[str, Any], layers: str) -> bool:
     for key, value in changes.items():
         if key == "context_length" and data[key] >= value:
             return False
-        assign(TrainConfig, data, key, value)
+        assign(Small, data, key, value)
         if key in LAYER_KEYS:
-            assign(TrainConfig, data, f"model.layers[{layers}].{LAYER_KEYS[key]}", value)
+            assign(Small, data, f"model.layers[{layers}].{LAYER_KEYS[key]}", value)
     if not any(layer["sparse"] for layer in data["model"]["layers"]):
         data["stages"] = [stage for stage in data["stages"] if stage != "warmup"]
     try:

@@ -21,6 +21,7 @@ print(getpass.getuser(), pathlib.Path.home(), os.access(pathlib.Path.home(), os.
 
 
 @can_be_unnamed
+@pytest.mark.slow
 def test_a_user_without_an_account_has_a_name_and_a_home(tmp_path: Path) -> None:
     kept = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME", "USERNAME")}
     given = kept | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(account.__file__).parents[1])}

@@ -107,8 +107,9 @@ def test_kubernetes_files_too(tmp_path: Path, old: str, new: str, key: str) -> N
 
 
 def test_what_no_node_can_hold_is_refused_with_the_sweeps_own_key(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     path = write_sweep(tmp_path, 0)
     ask = ("doctor", "--cluster", str(ROOT / "cluster.yaml"), "--sweep", str(path))
     code, output, _ = call(capsys, *ask)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 
+from gsa.paths import of_user
 from gsa.store import TrackingConfig
 from ray_jobs import submit
 from ray_jobs.cli import app
@@ -46,7 +47,7 @@ def test_a_shell_gives_back_the_words(draw: Draw) -> None:
 @pytest.mark.parametrize("value", AWKWARD)
 def test_the_command_line_gives_back_what_a_printed_command_was_made_of(value: str) -> None:
     path = Path(value)
-    assert parsed(gsa("train", path, "a.b={c: d}"))["config"] == path
+    assert parsed(gsa("train", path, "a.b={c: d}"))["config"] == Path(of_user(value))
     assert parsed(gsa("train", "x.yaml", value, "--y"))["overrides"] == [value, "--y"]
     sweep = parsed(gsa("sweep", options={"--resume": value, **at_storage(value)}))
     assert (sweep["resume"], sweep["storage"]) == (value, value)

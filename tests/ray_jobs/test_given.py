@@ -58,7 +58,7 @@ WRONG = [
     ("doctor --cluster configs/sweep/wide.yaml", "is a sweep's configuration, not a cluster's file"),
     ("doctor --cluster cluster.yaml --sweep configs/train/tiny.yaml", "is a training configuration, not a sweep's"),
     ("train texts/notepad.yaml", "is text in UTF-16; save it as UTF-8"),
-    ("train texts/a.txt", "must hold a mapping of settings, not str"),
+    ("train texts/a.txt", "must hold a mapping of settings, not 'hello'"),
     ("eval tiny", "is not a checkpoint; did you mean 'runs/train/tiny'?"),
     ("eval runs", "a storage folder, with checkpoints in runs/train/tiny"),
     ("eval runs/sweeps/big", "but the folder of a sweep; to see its trials: gsa report big"),

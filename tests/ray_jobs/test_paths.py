@@ -140,7 +140,7 @@ def test_runs_and_their_artifacts_are_in_a_storage_folder_of_any_name(here: Path
     run_id = tracking.start_run("a/", "a", tags={})
     tracking.log_text(run_id, "text", "config.yaml")
     assert open_store(TrackingConfig(), os.path.relpath(storage)).read_text(run_id, "config.yaml") == "text"
-    assert {path.name for path in storage.iterdir()} == {"artifacts", "mlflow.db"}
+    assert {path.name for path in storage.iterdir()} == {"artifacts", "mlflow.db", ".mlflow.db.lock"}
     assert len(list(storage.rglob("config.yaml"))) == 1
     assert [path.name for path in here.iterdir()] == ["~x"]
 
@@ -154,7 +154,7 @@ def test_runs_and_their_artifacts_are_in_a_storage_folder_of_any_name(here: Path
         ["report", "none", "--storage=~/s"],
         ["propose", "~/none", "--out=~/o.yaml"],
         ["doctor", "--cluster=~/none.yaml"],
-        ["submit", "sweep.yaml", "--working-dir=~/none"],
+        ["submit", "~/none.yaml", "--working-dir=~"],
     ],
 )
 def test_options_of_the_command_line_know_the_home_folder(

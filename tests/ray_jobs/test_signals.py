@@ -53,6 +53,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, earlier)
 
 
+@pytest.mark.slow
 def test_signals_to_the_group_do_not_reach_what_was_started_while_they_were_held() -> None:
     program = "import signal, sys; print('ready', flush=True); sys.stdin.readline(); print('alive', flush=True)"
     command = [sys.executable, "-c", program]
@@ -67,6 +68,7 @@ def test_signals_to_the_group_do_not_reach_what_was_started_while_they_were_held
     assert held.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_a_command_in_order() -> None:
     program = (
         "import signal, sys\n"

@@ -20,6 +20,7 @@ print(os.environ["RAY_AUTH_MODE"], len(os.environ.get("RAY_AUTH_TOKEN", "")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("home", "mode", "printed"),
     [("own", None, "token 0"), ("/proc/nowhere", None, "token 64"), ("own", "disabled", "disabled 0")],

@@ -28,6 +28,7 @@ from gsa.model import GSAForCausalLM, LayerConfig
 from gsa.training.optimizer import make_optimizer
 from gsa.training.stages import freeze
 from gsa.training.step import TrainingStep, cross_entropy
+from ray_jobs.dimensions import read_space
 from ray_jobs.space import Space
 from tests.draw import CONTROLLERS, Draw
 from tests.text import tiny
@@ -60,7 +61,7 @@ def refusal(config: TrainConfig) -> GateError:
 
 def test_every_draw_of_the_quickstart_space_passes(draw: Draw) -> None:
     data = read_yaml(ROOT / "configs/sweep/quickstart.yaml")
-    space = Space(data["space"], dataclasses.asdict(build(TrainConfig, data["train"])))
+    space = Space(read_space("space", data["space"]), dataclasses.asdict(build(TrainConfig, data["train"])))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=draw.random.randrange(1000)))
     for _ in range(10):
         check_trainable(space.compose(space.settings(space.sample(study.ask()))), 257)

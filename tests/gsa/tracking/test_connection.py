@@ -137,13 +137,6 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert store_uri(TrackingConfig("sqlite:///~/m.db"), ".") == f"sqlite:///{tmp_path}/m.db"
 
 
-@pytest.mark.parametrize("name", ["what?", "what?x=1", "a%20b"])
-def test_a_path_that_sqlites_uris_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(RequestError, match=r"must have no '\?', and no '%'"):
-        store_uri(CONFIG, tmp_path / name)
-    assert store_uri(TrackingConfig("sqlite:////x/a%20b.db"), ".") == "sqlite:////x/a b.db"
-
-
 def test_a_storage_folder_may_have_any_other_name(tmp_path: Path) -> None:
     folder = tmp_path / "a b#100%[x] é"
     tracking = new_tracking(folder)

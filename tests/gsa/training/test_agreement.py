@@ -97,11 +97,14 @@ def test_a_checkpoint_holds_a_run_to_its_settings_and_includes_no_file(tmp_path:
     with pytest.raises(ConfigError, match=r"training\.stages\[1\]\.kind = None: was 'sparse' when the run in .* began"):
         found.refuse_other(build(TrainConfig, {}, ["training.stages=[{kind: dense, steps: 4}]"]))
     assert written(2, "name: old\n").config() == build(TrainConfig, {"name": "old"})  # what is new has its default
-    for text, words in (
-        (f"include: {tmp_path}/secret.yaml\n", "include: no such setting"),
-        ("- 1\n", "must hold a mapping"),
-        ("a: &a [*a]\n", "cannot be read as settings"),
-        ("tracking: {uri: '${oc.env:HOME}'}\n", "is not replaced"),
+    for step, (text, words) in enumerate(
+        (
+            (f"include: {tmp_path}/secret.yaml\n", "include: no such setting"),
+            ("- 1\n", "must hold a mapping"),
+            ("a: &a [*a]\n", "cannot be read as settings"),
+            ("tracking: {uri: '${oc.env:HOME}'}\n", "is not replaced"),
+        ),
+        3,
     ):
         with pytest.raises(RequestError, match=words):
-            written(3, text).config()
+            written(step, text).config()

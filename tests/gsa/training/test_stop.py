@@ -57,5 +57,6 @@ def _ask(rank: int, meeting: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_workers_agree_to_stop_when_one_of_them_is_asked_to(tmp_path: Path) -> None:
     spawn(_ask, (str(tmp_path / "meeting"),), nprocs=2)
