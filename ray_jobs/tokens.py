@@ -1,6 +1,5 @@
 """The token of the Ray that a command starts for itself."""
 
-import logging
 import os
 import secrets
 
@@ -15,8 +14,6 @@ def use_a_token() -> None:
     """
     if "RAY_AUTH_MODE" not in os.environ:
         _enable_token_auth()
-    # a new token is nothing to tell a user of a cluster that only this command knows
-    logging.getLogger(ensure_token_if_auth_enabled.__module__).setLevel(logging.WARNING)
     before = os.umask(0o077)  # Ray leaves a new token readable for every user
     try:
         ensure_token_if_auth_enabled()

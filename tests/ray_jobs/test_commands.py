@@ -56,7 +56,7 @@ def test_the_command_line_gives_back_what_a_printed_command_was_made_of(value: s
     report = parsed(gsa("report", value, options={"--json": None, **store}))
     assert (report["sweep"], report["json"], report["experiment"]) == (value, True, value)
     assert report["tracking_uri"] == "http://h?x=a b"
-    assert parsed(gsa("eval", value, options=at_storage(path / "s")))["storage"] == path / "s"
+    assert parsed(gsa("eval", value, options=at_storage(path / "s")))["storage"] == Path(of_user(value)) / "s"
 
 
 def test_a_jobs_command_gives_back_what_was_submitted(tmp_path: Path) -> None:

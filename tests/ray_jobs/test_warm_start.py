@@ -111,7 +111,7 @@ def test_what_a_shared_store_holds_is_read_as_plain_data_of_bounded_size(draw: D
     tracking.log_text(run_id, text, "config.yaml")
     kept = {d.key for d in read_space(tracking, run_id).dimensions}
     assert kept == {d.key for d in Space(SPACE, BASE).dimensions}
-    for params, words in (("[", "is not JSON"), ("[1]", "holds a list, not a mapping")):
+    for params, words in (("[", "gsa.params is '['"), ("[1]", "gsa.params is '[1]'")):
         tracking.client.set_tag(child.info.run_id, "gsa.params", params)
         found = matching(tracking, "fake", Space(SPACE, BASE), AIMS)
         assert len(found.entries) == 1
