@@ -240,8 +240,9 @@ class Sweep:
             if config.gate and not (self.folder / CONFIG).exists():
                 self.space.refuse_empty(self._gate(data))  # before its name is taken
             self._write(UNFINISHED)
-            parent = self._start_parent(tracking, data, budget)
-            with self._state_told(tracking, parent):
+            with _answers(tracking):
+                parent = self._start_parent(tracking, data, budget)
+            with self._state_told(tracking, parent), _answers(tracking):
                 self._describe_parent(tracking, parent, data)
                 self._write(CONFIG)
                 self._train(tracking, parent, data, steps, concurrent, budget, earlier, hold)
@@ -423,6 +424,16 @@ class Sweep:
         tracking.log_text(parent, to_html(report), "report.html")
         tracking.finish(parent, "finished")
         return report
+
+
+@contextmanager
+def _answers(tracking: Tracking) -> Iterator[None]:
+    """One line where MLflow does not answer, or refuses what the driver itself tells it."""
+    try:
+        yield
+    except (MlflowException, requests.RequestException) as error:
+        again = "what was trained is kept, and --resume logs what is missing"
+        raise RunError(f"{tracking.uri} did not take it ({one_line(error)[:300]}); {again}") from error
 
 
 def _finish(tracking: Tracking, parent: str, state: str, reason: str) -> None:

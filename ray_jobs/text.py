@@ -7,7 +7,7 @@ from pathlib import Path
 from gsa import spool
 from gsa.config import TrainConfig
 from gsa.data.packing import Prepared, cached_copy, prepare
-from gsa.errors import ConfigError, RequestError
+from gsa.errors import ConfigError, InfrastructureError, RequestError, one_line
 
 
 def prepare_same(config: TrainConfig, runs: Iterable[Path], command: Sequence[str], prefix: str = "") -> Prepared:
@@ -22,6 +22,7 @@ def prepare_same(config: TrainConfig, runs: Iterable[Path], command: Sequence[st
     Raises:
         RequestError: the text cannot be read, or is another than they began with. Where the tokenized copy that they
             began with is still in the cache, the error says how to go on with it.
+        InfrastructureError: the disk or the storage failed.
     """
     cache = Path(config.storage) / "data"
     began = next(filter(None, map(_fingerprint, runs)), None)
@@ -34,6 +35,8 @@ def prepare_same(config: TrainConfig, runs: Iterable[Path], command: Sequence[st
         found = prepare(config.data, cache)
     except RequestError as error:
         raise RequestError(f"{error}{offer}") from error
+    except OSError as error:  # a full disk, for example
+        raise InfrastructureError(f"the text cannot be tokenized into {cache} ({one_line(error)})") from error
     if began not in (None, found.fingerprint):
         source = config.data.corpus.source
         raise ConfigError(f"{prefix}data.corpus.source", source, f"the text has changed since the run began{offer}")

@@ -41,6 +41,6 @@ def copy_new_stores() -> None:
         with contextlib.closing(sqlite3.connect(engine.url.database)) as new:
             made().backup(new)
 
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("mlflow.") and getattr(module, "_initialize_tables", None) is makes:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlflow.") and getattr(module, "_initialize_tables", None) is makes:
             vars(module)["_initialize_tables"] = copies

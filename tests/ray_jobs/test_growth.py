@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_the_life_of_a_sweep(draw: Draw, tmp_path: Path, capsys: pytest.CaptureF
             assert trial.info.artifact_uri == f"{moved.as_uri()}/artifacts/{trial.info.run_id}/artifacts"
             assert "model.safetensors" in Store(moved).artifacts(trial, "checkpoint")
         assert not storage.exists()
+
+        # the text has changed since: the copy that the trials were trained on is offered, and taken
+        with (tmp_path / "text/0.txt").open("a") as file:
+            file.write("x = y\n" * 50)
+        before = (moved / "sweeps/small/record.jsonl").read_bytes()
+        with pytest.raises(RequestError, match="the text has changed since the run began; to go on with") as refused:
+            resume_sweep("small", str(moved), QUIET, ["num_samples=6"])
+        assert (moved / "sweeps/small/record.jsonl").read_bytes() == before
+        *command_given, offered = shlex.split(str(refused.value).rpartition("began with: ")[2])
+        assert command_given == ["gsa", "sweep", "--resume", "small", "--storage", str(moved)]
+        report = resume_sweep("small", str(moved), QUIET, ["num_samples=6", offered])
+        assert len(trials(moved)) == 7
+        report = resume_sweep("small", str(moved), QUIET)  # it is remembered
     assert report.best is not None
 
     with pytest.raises(SystemExit) as ended:
@@ -110,7 +124,7 @@ def test_the_life_of_a_sweep(draw: Draw, tmp_path: Path, capsys: pytest.CaptureF
     assert ended.value.code == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["best"] == report.best
-    assert len(shown["trials"]) == 5
+    assert len(shown["trials"]) == 6
     assert len(shown["confirmed"]) == 1
     with pytest.raises(SystemExit) as ended:
         main(["eval", shown["trials"][0]["run_id"], "--json", "--storage", str(moved)])
