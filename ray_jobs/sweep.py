@@ -73,7 +73,8 @@ from ray_jobs.warm_start import matching
 logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds that the end of a sweep waits for an MLflow that does not answer
-BRIEF = 5.0  # the same where the sweep is broken off
+ORDERLY = 30.0  # the same where it was interrupted, and its trials have saved
+BRIEF = 5.0  # the same where it is broken off
 
 CONFIG, RECORD = "sweep.yaml", "record.jsonl"  # files of a sweep's folder
 UNFINISHED = ".sweep.yaml"  # its configuration before MLflow has taken it
@@ -284,6 +285,9 @@ class Sweep:
             if hold.lost:
                 raise RunError(f"{hold.lost}: this one stops")
             patience = PATIENCE
+        except Saved:
+            patience = ORDERLY
+            raise
         except OSError as error:
             raise InfrastructureError(f"{self.folder}: {one_line(error)}") from error
         finally:

@@ -41,7 +41,8 @@ from ray_jobs.worker import RESOURCES, fit, release, root_cause
 logger = logging.getLogger(__name__)
 
 PATIENCE = 300.0  # seconds that the end of a run waits for an MLflow that does not answer
-BRIEF = 5.0  # the same where the run is broken off
+ORDERLY = 30.0  # the same where it was interrupted, and has saved
+BRIEF = 5.0  # the same where it is broken off
 GRACE = 60.0  # seconds that the workers have to save and stop
 RELEASE = 30.0  # seconds that the trainer has to end without its workers
 STOP = ".stop"  # file in the run's folder by which workers are asked to stop
@@ -111,6 +112,9 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
                 _fit(Job(asked, str(folder), str(record.path), str(stop_file)), total, hold)
             record.end(config.name, COMPLETE)
             patience = PATIENCE
+        except Saved:
+            patience = ORDERLY
+            raise
         except (RunError, TrainingFailedError) as error:
             if hold.lost:
                 raise  # the record is another's now
