@@ -191,15 +191,12 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(draw: Draw,
     check_whole(tmp_path / "runs", 3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sweep_says_how_to_go_on_and_does(
-    draw: Draw, tmp_path: Path, cluster: None, number: signal.Signals
-) -> None:
+def test_an_interrupted_sweep_says_how_to_go_on_and_does(draw: Draw, tmp_path: Path, cluster: None) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
     record = tmp_path / "runs/sweeps/small/record.jsonl"
     process = subprocess.Popen(command("sweep", str(path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: lines(record) >= 3)
-    process.send_signal(number)
+    process.send_signal(signal.SIGHUP)  # SIGTERM and SIGINT: see test_growth and test_faults
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"To go on: gsa sweep --resume small --storage {tmp_path / 'runs'}" in errors
