@@ -151,10 +151,9 @@ def release_dead(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         lines = (folder / DRIVERS).read_text(errors="replace").splitlines()
         jobs = [words for words in map(str.split, lines) if len(words) == 2]  # a crash may have cut one short
-        context = ray.get_runtime_context()
-        session = context.get_session_name()  # job ids count from one again in the next
-        # a program may run a sweep and go on with it: both as one Ray job, which lives
-        earlier = {job for named, job in jobs[:-1] if named == session} - {context.get_job_id()}
+        session = ray.get_runtime_context().get_session_name()  # job ids count from one again in the next
+        # the last line is of the driver that lives: a program may run a sweep and go on with it as one Ray job
+        earlier = {job for named, job in jobs[:-1] if named == session and [named, job] != jobs[-1]}
         for group, state in ray.util.placement_group_table().items():
             if group[-JOB_DIGITS:] in earlier and state["state"] != "REMOVED":
                 logger.warning("a driver that is gone has left resources: they are let go (placement group %s)", group)

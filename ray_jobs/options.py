@@ -42,5 +42,5 @@ def one_source(ctx: typer.Context, source: str) -> None:
     Raises:
         RequestError: a folder, and options that say where runs are.
     """
-    if Path(source).exists():
+    if os.path.exists(source):  # of what no path can be, it is false
         refuse_unused(ctx, ["tracking_uri", "experiment"], f"{source} is a folder, and no run of a store")

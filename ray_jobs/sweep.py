@@ -69,6 +69,7 @@ from ray_jobs.text import prepare_same
 from ray_jobs.trial import make_trainable
 from ray_jobs.tuning import run_trials
 from ray_jobs.warm_start import matching
+from ray_jobs.watchdog import cluster_faults
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ class Sweep:
             self._write(UNFINISHED)
             with _answers(tracking):
                 parent = self._start_parent(tracking, data, budget)
-            with self._state_told(tracking, parent), _answers(tracking):
+            with self._state_told(tracking, parent), _answers(tracking), cluster_faults():
                 self._describe_parent(tracking, parent, data)
                 self._write(CONFIG)
                 self._train(tracking, parent, data, steps, concurrent, budget, earlier, hold)

@@ -39,20 +39,36 @@ def connected_cluster() -> Iterator[None]:
     Raises:
         InfrastructureError: the cluster is gone. The block was ended where it was.
     """
-    watch = _Watch()
+    global _current
+    watch = _current = _Watch()
     earlier = signal.signal(TELLS, watch.raise_once)
     threading.Thread(target=watch.run, daemon=True, name="ray-watchdog").start()
     try:
-        yield
-    except BaseException as error:
-        if not watch.reason:
-            raise
-        # `_Gone`, or what Ray has made of it on the way
-        raise InfrastructureError(f"the Ray cluster is gone: {watch.reason}") from error
+        with cluster_faults():
+            yield
     finally:
+        _current = None
         watch.done.set()
         signal.signal(TELLS, earlier)
         _leave(watch.reason)
+
+
+@contextmanager
+def cluster_faults() -> Iterator[None]:
+    """Say of whatever a block raises, once the cluster is gone, that it is.
+
+    Raises:
+        InfrastructureError: the cluster is gone.
+    """
+    try:
+        yield
+    except InfrastructureError:
+        raise
+    except BaseException as error:
+        if _current is None or not _current.reason:
+            raise
+        # `_Gone`, or what Ray has made of it on the way
+        raise InfrastructureError(f"the Ray cluster is gone: {_current.reason}") from error
 
 
 def _leave(gone: str) -> None:
@@ -64,6 +80,9 @@ def _leave(gone: str) -> None:
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
     leaving.start()
     leaving.join(SHUTDOWN)
+
+
+_current: "_Watch | None" = None  # of the cluster that this process has joined
 
 
 class _Watch:

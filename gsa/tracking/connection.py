@@ -28,6 +28,7 @@ from gsa.tracking.store import Store, every_page
 logger = logging.getLogger(__name__)
 
 MEMORY = "mlflow.json"  # in a run's folder: where it is logged
+HEADER = b"SQLite format 3\0"  # of every SQLite file
 PATIENCE = 120.0  # seconds that another process may take to make the tables
 EXPERIMENTS_AT_ONCE = 100  # that are searched in one request
 
@@ -116,6 +117,7 @@ def connect(config: TrackingConfig, storage: str | Path, folder: Path | None = N
     if database is None:
         refuse_unreachable(uri)
     else:
+        _refuse_foreign(database, uri)
         try:
             database.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -245,6 +247,14 @@ def _made_once(database: Path | None) -> Iterator[None]:
         raise RequestError(f"{database}: another process holds {_lock(database)}") from None
     except OSError as error:
         raise RequestError(f"{database}: cannot be written to ({error})") from error
+
+
+def _refuse_foreign(database: Path, uri: str) -> None:
+    """Raise RequestError where a file is no SQLite database: nothing is made beside it."""
+    with contextlib.suppress(OSError), database.open("rb") as file:  # what cannot be opened, SQLite tells
+        head = file.read(len(HEADER))
+        if head and head != HEADER:
+            raise RequestError(f"tracking.uri = {uri!r}: is not a store of MLflow's (the file is no SQLite database)")
 
 
 def _has_tables(database: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from gsa.errors import RequestError
+from gsa.errors import RequestError, one_line
 from ray_jobs.report import BITS, Report, settings_text
 from ray_jobs.reporting import figures
 
@@ -62,8 +62,8 @@ def write_html(report: Report, path: Path) -> None:
     """
     try:
         path.write_text(to_html(report), encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"--html {path}: cannot be written ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # the latter of a zero byte
+        raise RequestError(f"--html {path}: cannot be written ({one_line(error)})") from error
 
 
 PLOTS = {

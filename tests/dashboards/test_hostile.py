@@ -447,7 +447,7 @@ def spoil(folder: Path, how: str, canary: Path) -> None:
 
 SPOILT = {
     "code": "state.pt", "pickle": "state.pt", "list": "state.pt", "truncated": "state.pt", "weights": "weights",
-    "settings": "config.yaml", "link": "canary", "piped": "state.pt", "folder": "state.pt",
+    "settings": "config.yaml", "link": "config.yaml", "piped": "state.pt", "folder": "state.pt",
     "elsewhere": "checkpoint.json", "step": "checkpoint.json", "deep": "checkpoint.json",
 }  # fmt: skip
 

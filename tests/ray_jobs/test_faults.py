@@ -85,7 +85,7 @@ def test_a_run_whose_joined_cluster_dies_ends_with_a_word(draw: Draw, tmp_path: 
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert f"the Ray cluster is gone: its head does not answer at {head.gcs_address}" in line
+    assert "the Ray cluster is gone: " in line  # its raylet ends when the head does
     assert f"gsa train {tmp_path / 'train.yaml'}" in errors
 
 

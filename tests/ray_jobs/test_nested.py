@@ -83,6 +83,7 @@ def test_what_a_driver_has_left_is_let_go_by_the_next_and_nothing_else_is(tmp_pa
     own, job = ray.get_runtime_context().get_session_name(), ray.get_runtime_context().get_job_id()
     cases = (
         ([f"{own} {job}"], "CREATED"),  # it runs
+        ([f"{own} {job}", f"{own} {job}"], "CREATED"),  # it runs, and has begun a second time
         ([f"another {job}", f"{own} ffffffff"], "CREATED"),  # the same number in another Ray
         ([f"{own} eeeeeeee", f"{own} ffffffff"], "CREATED"),  # nobody's that we know
         ([f"{own} {job}", f"{own} ffffffff"], "REMOVED"),
