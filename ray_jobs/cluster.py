@@ -30,10 +30,13 @@ PROBE = 30  # seconds that a node has to say what its GPUs are
 
 
 @contextmanager
-def running() -> Iterator[None]:
+def running(again: str = "") -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names (a submitted job has it set), or start one on this machine.
 
     What this starts, it stops; signals that end a command do not reach it, so that trials can save.
+
+    Args:
+        again: the command that goes on where the cluster dies.
 
     Raises:
         RequestError: no cluster answers at that address, or Ray's sockets have no place.
@@ -72,7 +75,7 @@ def running() -> Iterator[None]:
                 object_store_memory=200_000_000,
                 _temp_dir=session_folder(),
             )
-    with connected_cluster():
+    with connected_cluster(again):
         yield
 
 

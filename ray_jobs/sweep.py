@@ -228,14 +228,14 @@ class Sweep:
 
     def _run(self) -> Report:
         config = self.config
-        resume = shlex.split(gsa("sweep", options={"--resume": config.name, **at_storage(config.train.storage)}))
-        data = prepare_same(config.train, sorted((self.folder / "trials").glob("[!.]*")), resume, "train.")
+        again = gsa("sweep", options={"--resume": config.name, **at_storage(config.train.storage)})
+        data = prepare_same(config.train, sorted((self.folder / "trials").glob("[!.]*")), shlex.split(again), "train.")
         steps = total_steps(self.space.compose({}), data)
         config.scheduler.refuse_short(steps)
         tracking = connect(config.train.tracking, config.train.storage, self.folder)
         self._refuse_namesake(tracking)
         earlier = self._earlier(tracking)
-        with locked(self.folder, f"sweep {config.name!r}") as hold, running():
+        with locked(self.folder, f"sweep {config.name!r}") as hold, running(again):
             nodes, workers = fleet(), config.train.workers
             concurrent = concurrent_runs(nodes, workers, "train.workers", config.max_concurrent_trials)
             budget = Budget(config.budget, workers, nodes.types)

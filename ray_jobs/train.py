@@ -8,6 +8,7 @@ Everything of a run is in `STORAGE/train/NAME`; run again, it goes on from its n
 import contextlib
 import dataclasses
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,7 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
         console.print(f"continuing from step {newest.step} of {total}", highlight=False)
     tracking = connect(config.tracking, config.storage, folder)
     context = TrainContext(config.name, str(folder), git_tags())
-    with locked(folder, f"run {config.name!r}") as hold, running():
+    with locked(folder, f"run {config.name!r}") as hold, running(shlex.join(command)):
         concurrent_runs(fleet(), config.workers, asked=1)
         stop_file = folder / STOP
         stop.reset(stop_file)

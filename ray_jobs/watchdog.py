@@ -33,14 +33,17 @@ class _Gone(BaseException):
 
 
 @contextmanager
-def connected_cluster() -> Iterator[None]:
+def connected_cluster(again: str) -> Iterator[None]:
     """Run a block that needs the cluster that `ray.init` has joined, and leave it; to be called in the main thread.
+
+    Args:
+        again: the command that goes on afterwards, for a process that cannot end in order.
 
     Raises:
         InfrastructureError: the cluster is gone. The block was ended where it was.
     """
     global _current
-    watch = _current = _Watch()
+    watch = _current = _Watch(again)
     earlier = signal.signal(TELLS, watch.raise_once)
     threading.Thread(target=watch.run, daemon=True, name="ray-watchdog").start()
     try:
@@ -88,7 +91,8 @@ _current: "_Watch | None" = None  # of the cluster that this process has joined
 class _Watch:
     """Looks after a cluster from a thread of its own, and tells the main thread once it is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, again: str) -> None:
+        self.again = again
         self.reason = ""
         self.done = threading.Event()
         self._gcs = ray.get_runtime_context().gcs_address
@@ -108,7 +112,8 @@ class _Watch:
                 self.reason = f"its head does not answer at {self._gcs}"
         signal.pthread_kill(threading.main_thread().ident or 0, TELLS)
         if not self.done.wait(LAST):  # Ray has caught the exception, or waits where none can be raised
-            print(f"error: the Ray cluster is gone: {self.reason}", file=sys.stderr, flush=True)
+            advice = f"no trial is lost. To go on: {self.again}" if self.again else ""
+            print(f"error: the Ray cluster is gone: {self.reason}\n{advice}", file=sys.stderr, flush=True)
             os._exit(1)
         while threading.main_thread().is_alive():
             time.sleep(INTERVAL)

@@ -46,6 +46,7 @@ def last_rows(storage: Path) -> dict[str, int]:
     return {folder.name: max((row.step for row in spool.rows(folder)), default=0) for folder in folders}
 
 
+@pytest.mark.timeout(900)  # seven drivers, one after another
 def test_the_life_of_a_sweep(draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = tiny(tmp_path, draw.random.randrange(1000), training__stages=STAGES)
     train["training"] |= {"checkpoint_every": 1000, "log_every": 1}
