@@ -49,6 +49,8 @@ def running(again: str = "") -> Iterator[None]:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed reports why, not a loss
     # Tune looks for result files that it was told not to write
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # that Tune's own state is not saved, on a full disk, is no loss: a sweep has its record
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if ray.is_initialized():
         yield
