@@ -117,7 +117,7 @@ def test_the_life_of_a_sweep(draw: Draw, tmp_path: Path, capsys: pytest.CaptureF
     assert given == ["gsa", "sweep", "--resume", "small", "--storage", str(moved)]
     done = subprocess.run([*resume, "num_samples=6", offered], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(trials(moved)) == 7
+    assert len([name for name in trials(moved) if "-seed" not in name]) == 6  # a new best may be repeated as well
     assert offered == f"train.data.prepared={configuration(moved)['train']['data']['prepared']}"
     assert not storage.exists()
 
