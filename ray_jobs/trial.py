@@ -5,6 +5,7 @@ A trial with one worker trains right there; a larger one starts the workers of a
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ray import tune
 
@@ -27,14 +28,21 @@ def make_trainable(context: TrialContext) -> Callable[[Proposal], None]:
     """
 
     def train_trial(proposal: Proposal) -> None:
+        ended = False
+
+        def report(metrics: dict[str, Any]) -> None:
+            nonlocal ended
+            ended = bool(metrics["complete"] or metrics["paused"])
+            tune.report(metrics)
+
         try:
             refuse_unshared(Path(context.seen))
             job = job_of(context, proposal)
             if job.settings().workers.num_workers == 1:
-                work(job, tune.report)
+                work(job, report)
             else:
-                train_nested(job, tune.report)
-            if stop.watch(Path(context.stop))():
+                train_nested(job, report)
+            if not ended and stop.watch(Path(context.stop))():
                 tune.report({"stopped": True})  # Tune prints a line for a trial that ends without a word
         except (InfrastructureError, OSError) as error:
             tune.report({"infrastructure": f"{proposal['trial_id']}: {one_line(error)}"})
