@@ -126,6 +126,7 @@ def test_rays_own_commands_have_these_options(line: str) -> None:
             assert (ROOT / context.params[name]).exists()
 
 
+@pytest.mark.slow
 def test_every_make_target_exists_and_runs_what_is_said() -> None:
     said = {
         "sweep": "gsa sweep configs/sweep/quickstart.yaml name=", "ui": "gsa ui", "test": "-m pytest",

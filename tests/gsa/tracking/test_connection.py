@@ -54,7 +54,9 @@ def test_reading_makes_no_experiment(tmp_path: Path) -> None:
 def test_what_is_no_database_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("garbage" * 100)
     for opened in (open_store, connect):
-        with pytest.raises(RequestError, match=r"is not a (store of MLflow's|database).*file is not a database"):
+        with pytest.raises(
+            RequestError, match=r"is not a (store of MLflow's|database).*(file is not a|no SQLite) database"
+        ):
             opened(CONFIG, tmp_path)
 
 
