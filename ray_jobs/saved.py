@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from gsa.config import TrainConfig, build, flatten, read_yaml
 from gsa.errors import RequestError
+from gsa.paths import SQLITE
 from gsa.store import TrackingConfig, store_uri
 from ray_jobs.dimensions import Dimension
 from ray_jobs.halving import SchedulerConfig
@@ -25,7 +26,6 @@ T = TypeVar("T")
 EXTENSIBLE = ("num_samples", "max_concurrent_trials", "max_failures", "confirm", "budget", "train.data.prepared")
 # settings that results do not depend on: where they are kept
 PLACES = ("train.storage", "train.tracking")
-SQLITE = "sqlite:///"
 
 
 def read_settings(schema: type[T], folder: Path) -> T:

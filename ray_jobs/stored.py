@@ -1,14 +1,10 @@
 """The configuration that a sweep's run in MLflow holds: anyone who may write to the store may have written it."""
 
-import json
 from typing import Any, NamedTuple
 
-from mlflow.entities import Run
-
 from gsa import plain
-from gsa.errors import RequestError, one_line
+from gsa.errors import RequestError
 from gsa.tracking import Tracking
-from ray_jobs.record import Params
 
 
 class StoredSweep(NamedTuple):
@@ -35,22 +31,6 @@ def stored_sweep(tracking: Tracking, run_id: str) -> StoredSweep:
         if not isinstance(found, dict):
             raise _wrong(run_id, f"its {key!r} is {_kind(found)}, not a mapping")
     return StoredSweep(config["space"], config["train"])
-
-
-def stored_params(run: Run) -> Params:
-    """The parameters that a trial's run was tagged with.
-
-    Raises:
-        RequestError: it has none.
-    """
-    text = run.data.tags.get("gsa.params", "")
-    try:
-        params = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"run {run.info.run_id}: its tag gsa.params is not JSON ({one_line(error)})") from error
-    if not isinstance(params, dict):
-        raise RequestError(f"run {run.info.run_id}: its tag gsa.params holds {_kind(params)}, not a mapping")
-    return params
 
 
 def _wrong(run_id: str, why: str) -> RequestError:

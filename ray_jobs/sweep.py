@@ -208,7 +208,7 @@ class Sweep:
         self.base = dataclasses.asdict(config.train)
         self.space = Space(config.space, self.base)
         self.aims = Aims(config.objectives, config.constraints)
-        if not (folder / "sweep.yaml").exists():
+        if not (folder / CONFIG).exists():
             self.space.refuse_empty()
         if config.dense_baseline:
             try:
