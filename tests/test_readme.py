@@ -228,11 +228,11 @@ def test_commands_on_the_results_of_a_sweep(
     assert (world / "t.parquet").stat().st_size
     assert (world / "study.db").stat().st_size
     run = found["trials"][0]["run_id"]
-    code, output, errors = call(capsys, *text("gsa eval").replace("RUN", run).split()[1:])
+    code, output, errors = call(capsys, *text("gsa eval RUN").replace("RUN", run).split()[1:])
     assert code == 0, errors
     assert "held-out loss" in output
     assert "attention by layer" in output
-    code, output, errors = call(capsys, *text("gsa propose").replace("RUN", run).split()[1:])
+    code, output, errors = call(capsys, *text("gsa propose RUN").replace("RUN", run).split()[1:])
     assert code == 0, errors
     assert "layers on held-out text" in output
     _run_python(run)
