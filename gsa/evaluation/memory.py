@@ -10,8 +10,11 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gsa.attention.config import AttentionConfig
 from gsa.attention.core import Parts
@@ -74,9 +77,21 @@ def estimate(config: TrainConfig, vocab_size: int, device: torch.device) -> Memo
 @functools.lru_cache(maxsize=4096)
 def _parameters(model: str) -> tuple[int, int]:
     """Numbers of a model, given as JSON, and of its indexers."""
-    with torch.device("meta"):  # exact, and takes neither memory nor random numbers
+    with torch.device("meta"), _Uninitialized():  # exact, and takes neither memory nor random numbers
         built = GSAForCausalLM(build(ModelConfig, json.loads(model)))
     return sum(p.numel() for p in built.parameters()), sum(p.numel() for p in built.indexer_parameters())
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leaves new parameters as they are: drawing them, even on the meta device, imports PyTorch's compiler (3 s)."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 def remedy(config: TrainConfig, vocab_size: int, device: torch.device, memory_bytes: int) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -118,3 +119,12 @@ def test_an_address_where_no_head_answers_is_refused_at_once(no_cluster: None, m
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(RequestError, match=r"RAY_ADDRESS = '127\.0\.0\.1:\d+': no Ray head answers"), running():
             pass
+
+
+def test_nothing_of_a_cluster_outlives_the_command_that_started_it(no_cluster: None) -> None:
+    earlier = set(psutil.Process().children(recursive=True))
+    with running():
+        assert ray.get(ray.remote(worker_memory).remote(WorkersConfig())) is None
+        started = set(psutil.Process().children(recursive=True)) - earlier
+        assert len(started) > 5  # servers, agents and workers
+    assert psutil.wait_procs(started, timeout=10)[1] == []
