@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,7 +70,7 @@ from ray_jobs.text import prepare_same
 from ray_jobs.trial import make_trainable
 from ray_jobs.tuning import run_trials
 from ray_jobs.warm_start import matching
-from ray_jobs.watchdog import cluster_faults
+from ray_jobs.watchdog import at_the_last, cluster_faults
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +283,8 @@ class Sweep:
             if config.dense_baseline and BASELINE not in record.entries:
                 record.propose(Entry(BASELINE, {}, dict(DENSE), baseline=True))
             searcher = self._searcher(record, steps, budget, data, Path(context.stop), hold)
-            self._search(searcher, record, context, steps, concurrent)
+            with at_the_last(lambda reason: writer.finish(BRIEF)):
+                self._search(searcher, record, context, steps, concurrent)
             if hold.lost:
                 raise RunError(f"{hold.lost}: this one stops")
             patience = PATIENCE
@@ -406,7 +408,8 @@ class Sweep:
     def _state_told(self, tracking: Tracking, parent: str) -> Iterator[None]:
         """Tell MLflow how the sweep has ended, however the block ends."""
         try:
-            yield
+            with at_the_last(partial(_finish, tracking, parent, "failed")):
+                yield
         except KeyboardInterrupt:
             _finish(tracking, parent, "killed", "interrupted")
             raise

@@ -37,6 +37,7 @@ from ray_jobs.runs import TrainContext
 from ray_jobs.signals import Saved, interrupt, stops_go_to
 from ray_jobs.storage import Hold, locked, settle
 from ray_jobs.text import prepare_same
+from ray_jobs.watchdog import at_the_last
 from ray_jobs.worker import RESOURCES, fit, release, root_cause
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def _run(config: TrainConfig, console: Console, command: Sequence[str]) -> Finis
         writer.start()
         patience = BRIEF
         try:
-            with _progress(folder, total, console):
+            with _progress(folder, total, console), at_the_last(lambda reason: writer.finish(BRIEF)):
                 _fit(Job(asked, str(folder), str(record.path), str(stop_file)), total, hold)
             record.end(config.name, COMPLETE)
             patience = PATIENCE

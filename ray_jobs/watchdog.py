@@ -8,14 +8,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 import psutil
 import ray
 import ray._private.worker
 
+from gsa.background import apart
 from gsa.errors import InfrastructureError
 
 INTERVAL = 1.0  # seconds between two looks
@@ -25,7 +28,8 @@ RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 GCS_PATIENCE = float(os.environ.get(RECONNECT, 6))
 SHUTDOWN = 2.0  # seconds that Ray has to let go of a cluster that is gone
 TELLS = signal.SIGUSR2  # the main thread; Tune has its own use for SIGUSR1
-LAST = 13.0  # seconds after which a process that Ray keeps from ending in order ends at once
+LAST = 7.0  # seconds after which a process that Ray keeps from ending in order ends at once
+WORDS = 3.0  # seconds that each of its last words may take
 
 
 class _Gone(BaseException):
@@ -74,6 +78,21 @@ def cluster_faults() -> Iterator[None]:
         raise InfrastructureError(f"the Ray cluster is gone: {_current.reason}") from error
 
 
+@contextmanager
+def at_the_last(say: Callable[[str], object]) -> Iterator[None]:
+    """Have this called with the reason, from another thread, where a cluster that is gone takes the process with it
+    while the block runs: no `finally` of the main thread is reached then."""
+    if _current is None:
+        yield
+        return
+    words = _current.words
+    words.append(say)
+    try:
+        yield
+    finally:
+        words.remove(say)
+
+
 def _leave(gone: str) -> None:
     """Let go of the cluster; of one that is gone, not for longer than `SHUTDOWN` seconds."""
     if not gone:
@@ -115,6 +134,7 @@ class _Watch:
         self.again = again
         self.reason = ""
         self.done = threading.Event()
+        self.words: list[Callable[[str], object]] = []
         self._gcs = ray.get_runtime_context().gcs_address
         self._raylet = _own_raylet()
         self._raised = False
@@ -134,6 +154,8 @@ class _Watch:
         if not self.done.wait(LAST):  # Ray has caught the exception, or waits where none can be raised
             advice = f"no trial is lost. To go on: {self.again}" if self.again else ""
             print(f"error: the Ray cluster is gone: {self.reason}\n{advice}", file=sys.stderr, flush=True)
+            for say in self.words[::-1]:
+                wait([apart(partial(say, f"the Ray cluster is gone: {self.reason}"))], WORDS)
             os._exit(1)
         while threading.main_thread().is_alive():
             time.sleep(INTERVAL)

@@ -1,6 +1,7 @@
 """What every test starts from: its environment, and what tests share."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -54,6 +55,14 @@ def drawn_seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def draw(drawn_seed: int) -> Draw:
     return Draw(drawn_seed)
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP does what it does in a terminal, even where `nohup` has begun the tests."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, earlier)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,14 @@ MARKS = {
 # what a name in a test's module says of it
 IMPORTS = dict.fromkeys(("command", "ray", "resume_sweep", "run_sweep", "run_train", "running_head"), "ray")
 # tests of a group run in one process of xdist's, so that what they share is started once
-GROUPS = {"services": "servers", "ray_head": "servers", "cluster": "cluster", "shared_cluster": "cluster"}
+GROUPS = {
+    "services": "servers",
+    "ray_head": "servers",
+    "cluster": "cluster",
+    "shared_cluster": "cluster",
+    "ended": "cluster",  # of a module whose other tests want a cluster
+    "swept": "swept",
+}
 QUICK = {"bash", "git", "sh", "uname"}  # programs that any test may run
 CHILDREN = 1.0  # seconds of CPU time that the processes of a test that is not marked may take
 

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service import utils
 from sqlalchemy.exc import SQLAlchemyError
 
 from gsa.errors import RequestError, one_line
@@ -47,7 +48,7 @@ def open_store(config: TrackingConfig, storage: str | Path) -> Store:
         elif not _has_tables(database):
             raise RequestError(f"{uri}: no runs are stored there; --storage or --tracking-uri name another place")
         else:
-            relocate(database)
+            _follow(database)
         store = Store(uri)
         store.client.search_experiments(max_results=1)  # opens it
         return store
@@ -122,7 +123,7 @@ def connect(config: TrackingConfig, storage: str | Path, folder: Path | None = N
             database.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"tracking.uri = {uri!r}: its folder cannot be made ({error})") from error
-        relocate(database)
+        _follow(database)
     with _explained(uri), _made_once(database):
         client = MlflowClient(uri)
         found = _remembered(client, uri, folder) or client.get_experiment_by_name(config.experiment)
@@ -132,6 +133,12 @@ def connect(config: TrackingConfig, storage: str | Path, folder: Path | None = N
         if found.lifecycle_stage != LifecycleStage.ACTIVE:
             _restore(client, found)
         return Tracking(uri, found.experiment_id)
+
+
+def _follow(database: Path) -> None:
+    """Have artifacts looked for where the folder of a store is now, whichever process has moved it."""
+    relocate(database)
+    utils._artifact_repos_cache.clear()  # MLflow keeps the place of each run's artifacts as long as a process lives
 
 
 def remember(tracking: Tracking, folder: Path) -> None:

@@ -157,7 +157,14 @@ def write(folder: Path, trials: int, seed: int) -> Path:
     (folder / "upload").mkdir()
     link_project(folder / "upload")
     path = write_sweep(
-        folder, seed, train=train, space=SPACE, objectives=objectives, num_samples=trials, max_failures=100
+        folder,
+        seed,
+        train=train,
+        space=SPACE,
+        objectives=objectives,
+        num_samples=trials,
+        max_failures=100,
+        max_concurrent_trials=None,
     )
     return path.rename(folder / "upload" / path.name)
 

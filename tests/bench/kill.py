@@ -31,7 +31,15 @@ PAUSES = {"driver": (2, 16), "worker": (0.2, 2), "head": (8, 30)}  # seconds bef
 
 def write(folder: Path, trials: int, seed: int) -> Path:
     space, objectives = {RATE: SPACE[RATE]}, [{"metric": "held_out_loss"}]
-    return write_sweep(folder, seed, space=space, objectives=objectives, num_samples=trials, max_failures=trials)
+    return write_sweep(
+        folder,
+        seed,
+        space=space,
+        objectives=objectives,
+        num_samples=trials,
+        max_failures=trials,
+        max_concurrent_trials=None,
+    )
 
 
 class Cluster:

@@ -72,6 +72,21 @@ def test_a_moved_store_is_read_and_written_in_its_new_place(moved: tuple[Path, P
     assert not old.exists()
 
 
+def test_a_process_that_used_the_store_before_the_move_goes_on_in_the_new_place(
+    moved: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, here = moved
+    tracking = connect(TrackingConfig(), here)
+    run_id = tracking.create_run("k", "more", None, {})
+    tracking.log_text(run_id, "before", "before.txt")
+    there = here.rename(tmp_path / "third")
+    tracking = connect(TrackingConfig(), there)
+    tracking.log_text(run_id, "after", "after.txt")
+    assert tracking.read_text(run_id, "before.txt") == "before"
+    assert (there / "artifacts" / run_id / "artifacts" / "after.txt").read_text() == "after"
+    assert not here.exists()
+
+
 def test_a_copy_has_artifacts_of_its_own_and_the_original_keeps_its(moved: tuple[Path, Path]) -> None:
     old, new = moved
     read(open_experiment(TrackingConfig(), new))

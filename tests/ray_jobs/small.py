@@ -22,13 +22,14 @@ SPACE: dict[str, Any] = {
 
 
 def write_sweep(folder: Path, seed: int, **changes: Any) -> Path:
-    """A sweep of six short trials, without a scheduler."""
+    """A sweep of six short trials without a scheduler, one after another: they share one process."""
     sweep: dict[str, Any] = {
         "name": "small",
         "train": tiny(folder, seed, training__stages=STAGES, evaluation__every=4),
         "space": SPACE,
         "objectives": [{"metric": "held_out_loss"}, {"metric": "held_out_selected_fraction"}],
         "num_samples": 5,
+        "max_concurrent_trials": 1,
         "scheduler": {"kind": "none"},
     }
     path = folder / "small.yaml"

@@ -44,7 +44,7 @@ class Checkpoints(threading.Thread):
 def test_a_sweep_grows_its_cluster_loses_a_node_and_leaves_none(draw: Draw, tmp_path: Path) -> None:
     changes = {"evaluation__every": EVERY, "training__checkpoint_every": EVERY, "training__log_every": EVERY}
     train = tiny(tmp_path, draw.random.randrange(1000), training__stages=STAGES, **changes)
-    path = write_sweep(tmp_path, 0, train=train, num_samples=1, max_failures=5)
+    path = write_sweep(tmp_path, 0, train=train, num_samples=1, max_failures=5, max_concurrent_trials=2)
     link_project(tmp_path)
     trials = tmp_path / "runs/sweeps/small/trials"
     with running_head(tmp_path, nodes=2, cpus=1) as head:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,28 @@ def test_a_sweep_whose_raylet_is_killed_ends_with_a_word_and_goes_on(draw: Draw,
     parent = Store(tmp_path / "runs").parent()
     assert (parent.info.status, parent.data.tags["gsa.state"]) == ("FAILED", "failed")
     assert "the Ray cluster is gone" in parent.data.tags["gsa.reason"]
+
+
+STUCK = """
+import signal, threading, time
+from ray_jobs import watchdog
+watchdog.LAST, watchdog.WORDS = 0.5, 0.5
+watch = watchdog._current = watchdog._Watch.__new__(watchdog._Watch)
+watch.__dict__.update(again="gsa sweep", reason="it has ended", done=threading.Event(), words=[])
+signal.pthread_sigmask(signal.SIG_BLOCK, [watchdog.TELLS])
+threading.Thread(target=watch.run).start()
+with watchdog.at_the_last(lambda reason: print("said:", reason, flush=True)):
+    with watchdog.at_the_last(lambda reason: time.sleep(60)), watchdog.at_the_last(lambda reason: 1 / 0):
+        time.sleep(60)
+"""
+
+
+def test_a_process_that_ray_holds_ends_with_its_last_words() -> None:
+    """Whatever they do: the one that fails and the one that hangs keep neither the next nor the end."""
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 1
+    assert done.stderr == "error: the Ray cluster is gone: it has ended\nno trial is lost. To go on: gsa sweep\n"
+    assert done.stdout == "said: the Ray cluster is gone: it has ended\n"
 
 
 def test_a_run_whose_joined_cluster_dies_ends_with_a_word(draw: Draw, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_watch_looks_again_after_its_interval_and_remembers(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_signals_go_to_the_handler_while_the_block_runs(number: signal.Signals) -> None:
+def test_signals_go_to_the_handler_while_the_block_runs(hangups: None, number: signal.Signals) -> None:
     before = [signal.getsignal(s) for s in STOPS]
     with pytest.raises(KeyboardInterrupt), stops_go_to(interrupt):
         signal.raise_signal(number)
@@ -69,7 +69,7 @@ def test_signals_to_the_group_do_not_reach_what_was_started_while_they_were_held
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_ends_a_command_in_order() -> None:
+def test_a_reader_that_goes_away_ends_a_command_in_order(hangups: None) -> None:
     program = (
         "import signal, sys\n"
         "from ray_jobs.cli import console\n"

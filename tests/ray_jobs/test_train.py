@@ -196,13 +196,13 @@ def test_a_run_that_fails_says_why_and_ends_as_failed(
 
 
 def test_other_settings_under_the_same_name_are_refused_and_change_nothing(
-    draw: Draw, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+    whole: tuple[int, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = written(tmp_path, draw.random.randrange(1000))
-    assert call(capsys, "train", path)[0] == 0
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")}
-    assert "model.num_layers = 3: was 2" in refused(capsys, "train", path, "model.num_layers=3")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/train").rglob("step-*/*")} == files
+    _, folder = whole
+    files = {p: p.stat().st_mtime_ns for p in (folder / "runs/train").rglob("step-*/*")}
+    assert files
+    assert "model.num_layers = 3: was 2" in refused(capsys, "train", str(folder / "train.yaml"), "model.num_layers=3")
+    assert {p: p.stat().st_mtime_ns for p in (folder / "runs/train").rglob("step-*/*")} == files
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def check_end(process: "subprocess.Popen[str]", port: int, number: signal.Signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_however_it_ends_nothing_stays_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_however_it_ends_nothing_stays_behind(tmp_path: Path, hangups: None, number: signal.Signals) -> None:
     (port,) = free_ports(1)
     (tmp_path / "server.py").write_text(SERVER)
     arguments = [sys.executable, "-c", SERVE, str(tmp_path / "server.py"), str(port)]
