@@ -44,7 +44,7 @@ def every(seconds: float, call: Callable[[], None], what: str) -> Iterator[None]
         thread.join()
 
 
-def apart(call: Callable[[], None]) -> Future[None]:
+def apart(call: Callable[[], object]) -> Future[None]:
     """Call in a thread that nobody waits for at exit; its end, and what it raised."""
     outcome: Future[None] = Future()
 

@@ -23,7 +23,7 @@ RAY_JOB = "tests/ray_jobs/test_job.py::test_a_submitted_sweep_runs_on_the_cluste
 UP = "tests/ray_jobs/test_aws.py::test_up_and_grow_and_shrink_and_a_node_that_is_taken_away"
 UI = "tests/ray_jobs/test_ui.py::test_mlflow_answers_on_localhost_alone_and_ends_with_the_command"
 BENCH = "tests/ray_jobs/test_bench.py::test_a_table_and_json_show_every_row"
-INTERRUPTED = f"{SWEEP}::test_an_interrupted_sweep_says_how_to_go_on_and_does"
+TWICE = f"{SWEEP}::test_a_second_signal_ends_a_sweep_at_once_and_it_goes_on"
 KILLED = f"{SWEEP}::test_a_driver_killed_at_any_moment_is_resumed_to_the_same_sweep"
 FAULTS = "tests/ray_jobs/test_faults.py"
 FULL_DISK = f"{FAULTS}::test_a_full_disk_ends_the_sweep_and_no_trial"
@@ -51,7 +51,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gsa train configs/train/tiny.yaml name=mine 'data.corpus={source: hub": (HUB,),
     "gsa sweep": (QUICKSTART,),
     "gsa sweep configs/sweep/quickstart.yaml name=shared": (SHARED,),
-    "gsa sweep --resume": (INTERRUPTED, KILLED),
+    "gsa sweep --resume": (LIFE, KILLED),
     "gsa submit": (JOB,),
     "gsa report": (RESULTS,),
     "gsa propose": (RESULTS,),
@@ -89,7 +89,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "`make sweep` prints a leaderboard and what to run next.": (QUICKSTART,),
     "Run again, it shows the finished sweep or continues an interrupted one": (
         f"{SWEEP}::test_a_sweep_exists_once_and_a_finished_one_is_only_shown_again",
-        INTERRUPTED,
+        LIFE,
     ),
     "`gsa COMMAND --help` has an example": (f"{BAD}::test_every_command_explains_itself_with_an_example",),
     "trains one model on any number of workers": (
@@ -99,7 +99,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         f"{TRAIN}::test_an_interrupted_run_goes_on_by_itself_to_the_same_model",
     ),
     "searches; ends with the leaderboard and the Pareto front": (QUICKSTART,),
-    "continues a sweep, whatever ended it: Ctrl-C, a crash, `kill -9`, a full disk": (INTERRUPTED, KILLED, FULL_DISK),
+    "continues a sweep, whatever ended it: Ctrl-C, a crash, `kill -9`, a full disk": (LIFE, KILLED, FULL_DISK),
     "`num_samples`, `max_concurrent_trials`, `max_failures`, `confirm` and `budget` may change": (LIFE,),
     "A folder of runs may be moved or copied: `--storage` says where it is now": (LIFE,),
     "the same sweep as a job on a Ray cluster": (JOB,),
@@ -124,7 +124,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "tests/gsa/training/test_stop.py::test_a_stop_saves_the_step_in_hand_and_the_run_goes_on_to_the_same_model",
         "tests/gsa/training/test_stop.py::test_workers_agree_to_stop_when_one_of_them_is_asked_to",
     ),
-    "a second signal ends at once": (f"{FAULTS}::test_a_second_signal_ends_at_once_and_says_what_is_lost",),
+    "a second signal ends at once": (TWICE,),
     "A disk that is full or a cluster that dies ends a sweep with exit code 1 and fails no trial.": (
         FULL_DISK,
         f"{FAULTS}::test_a_sweep_whose_raylet_is_killed_ends_with_a_word_and_goes_on",
@@ -134,7 +134,7 @@ PROMISES: dict[str, tuple[str, ...]] = {
         QUICKSTART,
         f"{TRAIN}::test_a_run_that_fails_says_why_and_ends_as_failed",
         f"{BAD}::test_a_wrong_setting_of_a_sweep",
-        INTERRUPTED,
+        LIFE,
     ),
     "or in the folder that `--storage` names": (f"{PRINTED}::test_storage_of_a_new_sweep_is_where_it_runs",),
     "Commands that are printed can be pasted; an option that would have no effect is refused.": (

@@ -31,6 +31,6 @@ def test_what_asks_for_something_shared_is_marked_and_grouped(request: pytest.Fi
         for fixture in set(getattr(item, "fixturenames", [])) & set(MARKS):
             assert all(item.get_closest_marker(mark) for mark in MARKS[fixture]), item.nodeid
         if set(getattr(item, "fixturenames", [])) & set(GROUPS):
-            (group,) = item.get_closest_marker("xdist_group").args
+            (group,) = next(item.iter_markers("xdist_group")).args
             # as xdist tells its workers; with a pytest that it does not know, every worker starts all that is shared
             assert not os.environ.get("PYTEST_XDIST_WORKER") or item.nodeid.endswith(f"@{group}")

@@ -191,6 +191,11 @@ def shell(world: Path, line: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def words(world: Path, line: str) -> list[str]:
+    """What a shell makes of a command line."""
+    return shell(world, f"printf '%s\\0' {line}").stdout.split("\0")[:-1]
+
+
 @pytest.fixture(scope="module")
 def swept(world: Path) -> str:
     """What `make sweep` printed."""
@@ -269,22 +274,21 @@ def test_the_python_of_the_readme_runs() -> None:
     ]
 
 
-@pytest.mark.ray
 def test_a_run_on_ones_own_text(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path, cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """README's own example, as it stands there; and what it prints can be pasted back."""
     line = text("gsa train configs/train/tiny.yaml name=mine 'data.corpus={source: text")
-    done = shell(world, f"PATH=$PWD/.venv/bin:$PATH; {line}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "held-out loss" in done.stdout
+    monkeypatch.chdir(world)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, output, errors = call(capsys, *words(world, line)[1:])
+    assert code == 0, output + errors
+    assert "held-out loss" in output
     config = load_config(sorted((world / "runs/train/mine").glob("step-*"))[-1] / "config.yaml")
     assert config.data.corpus.files == [str(world / "texts/**/*.txt")]
-    evaluation = re.search(r"next: (gsa eval .*)", done.stdout)
+    evaluation = re.search(r"next: (gsa eval .*)", output)
     assert evaluation is not None
-    split = shell(world, f"printf '%s\\0' {evaluation[1]}").stdout.split("\0")[1:-1]
-    monkeypatch.chdir(world)
-    code, output, errors = call(capsys, *split, "--json")
+    code, output, errors = call(capsys, *words(world, evaluation[1])[1:], "--json")
     assert code == 0, errors
     assert json.loads(output)["metrics"]["held_out_loss"] > 0
 

@@ -1,4 +1,4 @@
-"""Compile every kernel, as it is launched on a GPU, for one GPU: `python -m tests.kernels.compile 90`.
+"""Compile every kernel, as it is launched on a GPU, for one GPU: `python -m tests.kernels.compile 90 [--one-of-each]`.
 
 Needs no GPU. Prints a line for each kernel: its name, its registers, its shared memory and what it spills, in bytes.
 """
@@ -79,11 +79,19 @@ KL_ONE = {"HEADS": 1, "PADDED": 1, "D": 128, "DP": 128, **SCORES}
 KL_FOUR = {"HEADS": 4, "PADDED": 4, "D": 64, "DP": 64, **SCORES}
 
 
-def launches(tuned: bool) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
+Launch = tuple[Any, dict[str, Any], dict[str, int]]
+
+
+def one_of_each(of: list[Launch]) -> list[Launch]:
+    """The last launch of each kernel."""
+    return list({kernel: (kernel, constants, options) for kernel, constants, options in of}.values())
+
+
+def launches(tuned: bool) -> list[Launch]:
     """Kernels with their constants and options: as they are tuned for sm_90, or as they run elsewhere."""
     four = {"num_warps": 4}
     eight = {"num_warps": 8, "num_stages": 3 if tuned else 2}
-    found: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
+    found: list[Launch] = [
         (
             unions._list,
             {"EVEN": True, "LISTED": False, "PARTS": 1, "TILE": 32, "PAD": 128, "BLOCK": 1024},
@@ -257,7 +265,8 @@ def kind_of(kernel: Any, name: str, constants: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     of_gpu = int(sys.argv[1])
-    for kernel, constants, options in launches(tuned=of_gpu == 90):
+    wanted = launches(tuned=of_gpu == 90)
+    for kernel, constants, options in one_of_each(wanted) if "--one-of-each" in sys.argv else wanted:
         registers, spilled, shared = compile_one(kernel, constants, options, of_gpu)
         name = f"{kernel.__module__}.{kernel.__name__}"
         print(f"{name} {constants} registers {registers} shared {shared} spilled {spilled}", flush=True)

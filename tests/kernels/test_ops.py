@@ -242,7 +242,7 @@ def test_wrong_bounds_and_ceilings_change_nothing(
         choose_few(*given)
 
     monkeypatch.setattr(kernels.enclose, "choose_few", counting)
-    length = 40
+    length = 24
     inputs, options = selection(draw, "given", draw.random.choice(INDEXERS), 200, length, integers)
     q, k, weight, bias, starts, _, _, *rest = inputs
     wanted = draw.integers(20, 40, 2, length)
@@ -346,7 +346,7 @@ def test_attention_without_keys_or_queries_is_nothing(draw: Draw) -> None:
     assert (out == 0).all()
 
 
-@pytest.mark.parametrize("length", [5, 90])
+@pytest.mark.parametrize("length", [5, 50])
 def test_one_level_selects_what_two_do_where_all_keys_are_candidates(
     draw: Draw, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:

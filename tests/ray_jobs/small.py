@@ -31,6 +31,7 @@ def write_sweep(folder: Path, seed: int, **changes: Any) -> Path:
         "num_samples": 5,
         "max_concurrent_trials": 1,
         "scheduler": {"kind": "none"},
+        "gate": False,
     }
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(sweep | changes))

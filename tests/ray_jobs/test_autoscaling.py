@@ -15,7 +15,7 @@ from tests.ray_jobs.small import write_sweep
 from tests.ray_jobs.store import Store
 from tests.text import tiny
 
-STEPS, EVERY = 400, 40
+STEPS, EVERY = 240, 24
 STAGES = [{"kind": "dense", "steps": STEPS // 2}, {"kind": "sparse", "steps": STEPS // 2}]
 
 

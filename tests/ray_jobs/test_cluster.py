@@ -75,7 +75,7 @@ def test_a_worker_may_use_its_share_of_the_smallest_gpu(sizes: list[int]) -> Non
 
 
 def test_what_does_not_fit_is_refused_before_it_runs(sizes: list[int], draw: Draw, tmp_path: Path) -> None:
-    path = write_sweep(tmp_path, draw.random.randrange(1000), dense_baseline=False)
+    path = write_sweep(tmp_path, draw.random.randrange(1000), dense_baseline=False, gate=True)
     with pytest.raises(ConfigError, match=r"none of 200 draws .* is valid; .*training needs about .* GiB, there are"):
         run_sweep(load_sweep(path, ["train.workers.gpus_per_worker=1", "train.model.vocab_size=50000"]), QUIET)
     assert not (tmp_path / "runs/sweeps/small/sweep.yaml").exists()  # its name is not taken

@@ -1,7 +1,6 @@
 """Faults that are no trial's, a cluster that dies or a full disk: they end the sweep, which goes on afterwards."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from gsa import spool
 from gsa.store import TrackingConfig
 from gsa.tracking import connect
 from ray_jobs.record import COMPLETE, RUNNING, Record
-from ray_jobs.sweep import Sweep
+from ray_jobs.sweep import Sweep, resume_sweep
 from tests.draw import Draw
 from tests.ray_jobs.commands import command, wait_for
 from tests.ray_jobs.head import running_head
@@ -124,7 +123,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_full_disk_ends_the_sweep_and_no_trial(draw: Draw, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_ends_the_sweep_and_no_trial(draw: Draw, tmp_path: Path, small_disk: Path, cluster: None) -> None:
     train = tiny(tmp_path, draw.random.randrange(1000), storage=str(small_disk / "runs"))
     train["training"] |= {"stages": [{"kind": "sparse", "steps": 60}], "checkpoint_every": 5}
     path = write_sweep(tmp_path, 0, train=train, num_samples=2, dense_baseline=False, max_failures=0)
@@ -143,9 +142,7 @@ def test_a_full_disk_ends_the_sweep_and_no_trial(draw: Draw, tmp_path: Path, sma
     assert errors.count("Traceback") == 0, errors
     assert len(errors.splitlines()) < 20
     (small_disk / "filler").unlink()
-    resume = command("sweep", "--resume", "small", "--storage", str(small_disk / "runs"))
-    done = subprocess.run(resume, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    resume_sweep("small", str(small_disk / "runs"), QUIET)
     record = Record(small_disk / "runs/sweeps/small/record.jsonl")
     assert [entry.state for entry in record.trials()] == [COMPLETE] * 2
     assert Store(small_disk / "runs").parent().info.status == "FINISHED"
@@ -178,15 +175,3 @@ def test_a_sweep_s_run_has_its_true_state_however_the_driver_ends(
     run = parent_after(tmp_path, error)
     assert run.info.status == {"killed": "KILLED", "failed": "FAILED"}[state]
     assert (run.data.tags["gsa.state"], run.data.tags["gsa.reason"]) == (state, reason)
-
-
-def test_a_second_signal_ends_at_once_and_says_what_is_lost(draw: Draw, tmp_path: Path) -> None:
-    path = long_sweep(tmp_path, draw.random.randrange(1000))
-    process = start(["sweep", str(path)])
-    wait_for_rows(tmp_path, 3)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "steps since the last checkpoints are trained again" in errors
-    assert Store(tmp_path / "runs").parent().info.status == "KILLED"

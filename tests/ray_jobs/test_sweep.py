@@ -191,16 +191,18 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(draw: Draw,
     check_whole(tmp_path / "runs", 3)
 
 
-def test_an_interrupted_sweep_says_how_to_go_on_and_does(
+def test_a_second_signal_ends_a_sweep_at_once_and_it_goes_on(
     draw: Draw, tmp_path: Path, cluster: None, hangups: None
 ) -> None:
     path = write_sweep(tmp_path, draw.random.randrange(1000), num_samples=2)
     record = tmp_path / "runs/sweeps/small/record.jsonl"
     process = subprocess.Popen(command("sweep", str(path)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: lines(record) >= 3)
-    process.send_signal(signal.SIGHUP)  # SIGTERM and SIGINT: see test_growth and test_faults
+    process.send_signal(signal.SIGHUP)  # the first: for SIGTERM alone see test_growth
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "steps since the last checkpoints are trained again" in errors
     assert f"To go on: gsa sweep --resume small --storage {tmp_path / 'runs'}" in errors
     store = Store(tmp_path / "runs")
     assert store.parent().info.status == "KILLED"

@@ -313,7 +313,7 @@ def test_killed_in_mid_training_and_resumed_equals_the_uninterrupted_run_bit_for
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("option", ["checkpoint_activations", "compile"])
+@pytest.mark.parametrize("option", ["checkpoint_activations", pytest.param("compile", marks=pytest.mark.slow)])
 def test_activation_checkpointing_and_compilation_change_no_result(
     draw: Draw, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
