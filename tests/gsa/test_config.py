@@ -85,6 +85,7 @@ def named(selector: str, num_layers: int, owner: str = "model") -> list[int]:
 
 
 @given(st.integers(3, 200), st.sampled_from(["model", "train.model"]))
+@pytest.mark.slow
 def test_thirds_are_a_partition_of_the_layers_in_order(num_layers: int, owner: str) -> None:
     first, middle, last = (named(third, num_layers, owner) for third in ("first", "middle", "last"))
     assert first + middle + last == list(range(num_layers)) == named("*", num_layers) == named(":", num_layers)

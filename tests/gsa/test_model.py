@@ -66,6 +66,7 @@ def test_packed_documents_give_what_each_gives_alone(draw: Draw) -> None:
 
 @pytest.mark.parametrize("indexer", INDEXERS)
 @pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.slow
 def test_prefill_then_decode_equals_one_forward(draw: Draw, controller: str, indexer: str) -> None:
     model = draw.model(controller=controller, indexer=indexer)
     tokens, starts = tokens_for(draw, 2, 24), draw.random.choice([None, draw.starts(2, 24)])
@@ -205,6 +206,7 @@ def test_initial_outputs_are_small_and_tied_embeddings_are_one_tensor() -> None:
         assert_close(float(model.embedding.weight.detach().std()), 0.02, rtol=0.2, atol=0)
 
 
+@pytest.mark.slow
 def test_greedy_generation_takes_the_likeliest_token_of_a_full_forward_each_time(draw: Draw) -> None:
     for controller in CONTROLLERS:
         model = draw.model(controller=controller)
@@ -215,6 +217,7 @@ def test_greedy_generation_takes_the_likeliest_token_of_a_full_forward_each_time
         assert torch.equal(generated, expected)
 
 
+@pytest.mark.slow
 def test_generation_repeats_with_its_seed_and_leaves_the_mode_alone(draw: Draw) -> None:
     model = draw.model()
     prompt = tokens_for(draw, 2, 3)

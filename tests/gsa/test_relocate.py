@@ -15,6 +15,7 @@ from tests.ray_jobs.fake_sweep import aims, fake_sweep
 from tests.seeds import seed_of
 
 LOSS = aims("held_out_loss")
+pytestmark = pytest.mark.slow  # a store is made for them
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("schema", [TrainConfig, SweepConfig])
+@pytest.mark.slow
 def test_whatever_a_setting_is_given_it_is_taken_or_refused_in_our_own_words(schema: type[Any]) -> None:
     """In one line that names the key."""
     sections = {key.rsplit(".", i)[0] for key in all_keys(schema) for i in range(1, 4)}

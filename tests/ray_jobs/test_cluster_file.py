@@ -16,6 +16,8 @@ from tests.draw import Draw
 from tests.ray_jobs.commands import ROOT, call
 from tests.ray_jobs.small import write_sweep
 
+pytestmark = pytest.mark.slow  # files are checked by the schemas of Ray, Kubernetes and AWS
+
 CLUSTERS = ["cluster.yaml", "configs/cluster/gcp.yaml", "configs/cluster/kuberay.yaml", "configs/cluster/rayjob.yaml"]
 
 

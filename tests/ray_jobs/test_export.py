@@ -67,6 +67,7 @@ def test_an_optuna_study_holds_every_trial_as_it_ended(
     study.ask({key: dimension.distribution() for key, dimension in space.items()})  # a sampler can go on from it
 
 
+@pytest.mark.slow
 def test_an_export_goes_nowhere_where_it_cannot_be_right(draw: Draw, tmp_path: Path) -> None:
     tracking = fake_sweep(tmp_path, draw, ["finished"], aims(BITS))
     report, target = read_report(tracking, "fake"), f"sqlite:///{tmp_path / 'study.db'}"

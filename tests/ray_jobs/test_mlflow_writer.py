@@ -152,6 +152,7 @@ def test_all_is_told_and_once_through_outages_and_new_lives(draw: Draw, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_few_requests_are_made(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = Sweep(tmp_path, draw)
     sweep.record.propose(Entry("t0", {}, {}))

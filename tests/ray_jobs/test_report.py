@@ -26,6 +26,7 @@ def runs(tracking: Tracking) -> dict[str, Run]:
     return {run.data.tags.get("gsa.trial_id", "sweep"): run for run in tracking.runs()}
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_and_the_rest_is_reported(draw: Draw, tmp_path: Path) -> None:
     tracking = fake_sweep(tmp_path, draw, ["finished"] * 10, aims(LOSS), confirm=3, rates={"money": 1.0})
     client, before, found = tracking.client, read_report(tracking, "fake"), runs(tracking)

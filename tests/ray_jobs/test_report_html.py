@@ -107,6 +107,7 @@ def test_cost_is_training_time_at_the_rates_of_the_sweep(draw: Draw, tmp_path: P
     assert {plot["title"] for plot in Page(to_html(report)).plots["cost"]} == {"seconds", "gpu hours", "money"}
 
 
+@pytest.mark.slow
 def test_what_breaks_a_constraint_is_marked_and_never_on_the_front(draw: Draw, tmp_path: Path) -> None:
     bound = draw.random.uniform(0.25, 0.4)
     constraints = [{"metric": FRACTION, "upper": bound}, {"metric": LOSS, "upper": 0.1, "relative_to": "dense"}]
@@ -185,6 +186,7 @@ def test_there_are_no_importances_of_few_trials_nor_of_equal_ones(draw: Draw) ->
         (["finished"] * ENOUGH, aims(BITS, FRACTION, "tokens_per_second"), set()),
     ],
 )
+@pytest.mark.slow
 def test_what_there_is_is_shown_and_what_there_is_not_is_said(
     draw: Draw, tmp_path: Path, drawn: list[str], objectives: list[dict[str, str]], empty: set[str]
 ) -> None:
@@ -198,6 +200,7 @@ def test_what_there_is_is_shown_and_what_there_is_not_is_said(
     assert ("No trial came to its end." in page.text) == ("finished" not in drawn)
 
 
+@pytest.mark.slow
 def test_hostile_names_reasons_and_settings_stay_text(draw: Draw, tmp_path: Path) -> None:
     """No element, attribute or script comes from them; they are read as they were written."""
     kind = {"type": "categorical", "choices": ["fixed", "ratio"]}

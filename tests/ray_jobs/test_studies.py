@@ -16,6 +16,7 @@ from tests.ray_jobs.play import FRACTION, LOSS, MASS, RATE, loss_at, play, searc
 @pytest.mark.parametrize("constraints", [(), (MASS,)])
 @pytest.mark.parametrize("objectives", [[LOSS], [LOSS, FRACTION]])
 @pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "nsga3", pytest.param("gp", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_rebuilt_studies_are_the_same_and_propose_the_same(
     draw: Draw,
     tmp_path: Path,

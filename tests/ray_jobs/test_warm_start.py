@@ -21,6 +21,7 @@ AIMS = Aims([ObjectiveConfig(BITS)])
 ENDS = ["finished"] * 6 + ["stopped_early"] * 3 + ["failed", "running"]
 
 
+@pytest.mark.slow
 def test_every_trial_with_results_is_a_point_of_the_same_space(draw: Draw, tmp_path: Path) -> None:
     tracking = fake_sweep(tmp_path, draw, ENDS, aims(BITS), confirm=2)
     found = matching(tracking, "fake", Space(SPACE, BASE), AIMS)
@@ -35,6 +36,7 @@ def test_every_trial_with_results_is_a_point_of_the_same_space(draw: Draw, tmp_p
     assert "9 of 9 trials of fake are taken over" in found.summary("fake")
 
 
+@pytest.mark.slow
 def test_only_trials_inside_the_new_space_match_and_reasons_are_named(draw: Draw, tmp_path: Path) -> None:
     tracking = fake_sweep(tmp_path, draw, ["finished"] * 12, aims(BITS))
     narrow: dict[str, Any] = SPACE | {"training.optimizer.learning_rate": {"type": "float", "low": 1e-3, "high": 4e-3}}
@@ -76,6 +78,7 @@ DEEP = "x: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 
 
+@pytest.mark.slow
 def test_what_a_shared_store_holds_is_read_as_plain_data_of_bounded_size(draw: Draw, tmp_path: Path) -> None:
     """By a warm start and by a report alike; what is wrong is said in one line that names the run."""
     tracking = fake_sweep(tmp_path, draw, ["finished"] * 2, aims(BITS))
@@ -126,6 +129,7 @@ def test_choices_written_as_numbers_with_an_exponent_match(draw: Draw, tmp_path:
     assert len(matching(tracking, "fake", Space(written.space, BASE), AIMS).entries) == 6
 
 
+@pytest.mark.slow
 def test_imported_trials_teach_the_search_and_never_run(draw: Draw, tmp_path: Path) -> None:
     tracking = fake_sweep(tmp_path / "old", draw, ["finished"] * 10, aims("held_out_loss"))
     space = {KIND: SPACE[KIND], "model.attention.controller.ratio": SPACE["model.attention.controller.ratio"]} | SPACE

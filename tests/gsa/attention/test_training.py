@@ -119,6 +119,7 @@ def test_gradients_of_outputs_equal_finite_differences(draw: Draw, stage: Stage)
 
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 @pytest.mark.parametrize("indexer", INDEXERS)
+@pytest.mark.slow
 def test_gradients_of_the_indexers_loss_equal_finite_differences(draw: Draw, indexer: str, stage: Stage) -> None:
     layer = draw.layer(draw.config("learned", indexer, coarse=None))
     hidden = draw.hidden(layer, 1, 6)

@@ -73,6 +73,7 @@ def test_a_corpus_of_nothing_but_empty_files_is_refused(tmp_path: Path) -> None:
         survey(write_tree(tmp_path, good=0, empty=3), tmp_path / "memory")
 
 
+@pytest.mark.slow
 def test_rows_of_every_source_follow_the_same_rules(tmp_path: Path) -> None:
     texts = [f"row {i}" for i in range(198)]
     column: list[str | None] = [*texts[:100], None, "", " \n", *texts[100:]]

@@ -52,6 +52,7 @@ def test_rows_come_from_json_lines_and_parquet_and_dataset_folders(tmp_path: Pat
         assert [d.text for d in documents(config)] == texts
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_split_by_package(tmp_path: Path) -> None:
     found = survey(CorpusConfig(), tmp_path)
     groups = {d.group for d in documents(CorpusConfig())}

@@ -59,6 +59,7 @@ def refusal(config: TrainConfig) -> GateError:
     return refused.value
 
 
+@pytest.mark.slow
 def test_every_draw_of_the_quickstart_space_passes(draw: Draw) -> None:
     data = read_yaml(ROOT / "configs/sweep/quickstart.yaml")
     space = Space(read_space("space", data["space"]), dataclasses.asdict(build(TrainConfig, data["train"])))
@@ -105,6 +106,7 @@ def test_random_structures_pass(draw: Draw, context_length: int) -> None:
         ([f"{CONTROLLER}.kind=learned", f"{CONTROLLER}.k_min=64"], "gradients", f"{CONTROLLER}.k_max"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_hostile_settings_pass_or_are_refused_by_key(overrides: list[str], check: str | None, key: str) -> None:
     config = config_of(*overrides)
     if check is None:
@@ -135,6 +137,7 @@ def test_a_mask_that_forgets_documents_is_a_leak_unless_attention_may_cross_them
     assert error.key is None
 
 
+@pytest.mark.slow
 def test_a_number_of_keys_that_depends_on_later_scores_is_a_leak_and_comes_from_the_controller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -314,6 +317,7 @@ def peak_of_training(config: TrainConfig, vocab_size: int) -> int:
         ["model.attention.indexer.num_heads=8", "data.context_length=256"],
     ],
 )
+@pytest.mark.slow
 def test_the_estimate_is_within_a_third_of_what_is_alive(overrides: list[str]) -> None:
     config = config_of("evaluation.batch_size=1", *overrides)
     config.training.micro_batch_size = 2

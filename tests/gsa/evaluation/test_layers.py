@@ -109,6 +109,7 @@ def u32(selected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("cells", "across"), [(1, False), (layers.CELLS, True)])
+@pytest.mark.slow
 def test_diagnostics_are_those_of_a_plain_computation(
     draw: Draw, cells: int, across: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,6 +179,7 @@ def test_an_experiment_that_another_makes_meanwhile_is_taken(tmp_path: Path, mon
     assert not answers
 
 
+@pytest.mark.slow
 def test_all_runs_are_seen_beyond_the_first_thousand(tmp_path: Path) -> None:
     tracking = new_tracking(tmp_path)
     parent = tracking.start_run("s/", "s", tags={OBJECTIVES: "[]"})

@@ -119,6 +119,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(draw:
 
 
 @pytest.mark.usefixtures("double")
+@pytest.mark.slow
 def test_accumulating_gradients_changes_no_result(draw: Draw, tmp_path: Path) -> None:
     for controller in ("variance", "learned"):
         data = tiny(tmp_path, draw.random.randrange(1000))
@@ -236,6 +237,7 @@ def test_a_run_that_was_saved_with_three_groups_of_parameters_goes_on(draw: Draw
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.slow
 def test_gradients_are_reduced_once_for_each_optimizer_step(
     draw: Draw, tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +363,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name_and_keeps_its_checkpoint
         ("data__context_length", 12),
     ],
 )
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_settings(draw: Draw, tmp_path: Path, key: str, value: float) -> None:
     seed = draw.random.randrange(1000) + 8
     train(tiny(tmp_path, seed), tmp_path / "a")
