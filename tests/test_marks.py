@@ -1,6 +1,5 @@
 """What `make test-fast` leaves out is told by marks that can't be forgotten."""
 
-import os
 import subprocess
 import sys
 
@@ -33,4 +32,4 @@ def test_what_asks_for_something_shared_is_marked_and_grouped(request: pytest.Fi
         if set(getattr(item, "fixturenames", [])) & set(GROUPS):
             (group,) = next(item.iter_markers("xdist_group")).args
             # as xdist tells its workers; with a pytest that it does not know, every worker starts all that is shared
-            assert not os.environ.get("PYTEST_XDIST_WORKER") or item.nodeid.endswith(f"@{group}")
+            assert not request.config.getoption("loadgroup", False) or item.nodeid.endswith(f"@{group}")

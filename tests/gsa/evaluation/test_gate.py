@@ -325,6 +325,14 @@ def test_the_estimate_is_within_a_third_of_what_is_alive(overrides: list[str]) -
     assert 0.75 < estimated / peak < 1.33, f"{estimated} estimated, {peak} alive"
 
 
+@pytest.mark.parametrize("overrides", [[], [f"{GATES}.places=[G1,G2,G3,G4,G5]"], ["model.tie_embeddings=false"]])
+def test_parameters_are_counted_exactly(overrides: list[str]) -> None:
+    config = config_of(*overrides)
+    config.model.vocab_size = 3000
+    held = sum(parameter.nbytes for parameter in GSAForCausalLM(config.model).parameters())
+    assert estimate(config, 3000, CPU).parameters == held
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("overrides", [[], ["data.context_length=64", "model.attention.query_chunk=16"]])
 def test_an_evaluation_is_estimated_in_the_precision_it_runs_in(precision: str, overrides: list[str]) -> None:
