@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on the CPU; `make test-gpu` turns it off
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of the processes that tests start compiles our modules anew
 
 from tests import marks, seeds
 from tests.draw import Draw

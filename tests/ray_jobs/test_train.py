@@ -96,9 +96,9 @@ def test_a_user_without_an_account_trains_where_the_temporary_folder_has_a_long_
     assert Store(tmp_path / "runs").runs()[0].info.status == "FINISHED"
 
 
-STEPS = 120
-LONG: dict[str, Any] = {"training__stages": [{"kind": "sparse", "steps": STEPS}], "evaluation__every": 30}
-EVALUATED = list(range(30, STEPS + 1, 30))
+STEPS = 80
+LONG: dict[str, Any] = {"training__stages": [{"kind": "sparse", "steps": STEPS}], "evaluation__every": 20}
+EVALUATED = list(range(20, STEPS + 1, 20))
 
 
 def interrupt(process: "subprocess.Popen[str]", number: signal.Signals, folder: Path) -> int:
@@ -151,12 +151,12 @@ def test_an_interrupted_run_goes_on_by_itself_to_the_same_model(
 ) -> None:
     """Ctrl-C, then `kill -9` of what goes on, then a folder of runs that was moved."""
     seed, uninterrupted = whole
-    folder, changes = tmp_path / "runs/train/tiny", LONG | {"training__checkpoint_every": 60}
+    folder, changes = tmp_path / "runs/train/tiny", LONG | {"training__checkpoint_every": 50}
     process = start(tmp_path, seed, **changes)
     wait_for_training(folder, draw.random.randint(3, 20))
     saved = interrupt(process, signal.SIGINT, tmp_path)
     process = start(tmp_path, seed, **changes)
-    wait_for_step(folder, 60)
+    wait_for_step(folder, 50)
     process.send_signal(signal.SIGKILL)
     code, output, _ = end(process)
     assert code == -signal.SIGKILL
