@@ -75,7 +75,7 @@ def cluster_faults() -> Iterator[None]:
         if _current is None or not _current.reason:
             raise
         # `_Gone`, or what Ray has made of it on the way
-        raise InfrastructureError(f"the Ray cluster is gone: {_current.reason}") from error
+        raise InfrastructureError(_current.news) from error
 
 
 @contextmanager
@@ -139,6 +139,10 @@ class _Watch:
         self._raylet = _own_raylet()
         self._raised = False
 
+    @property
+    def news(self) -> str:
+        return f"the Ray cluster is gone: {self.reason}"
+
     def run(self) -> None:
         answered = time.monotonic()
         while not self.reason:
@@ -153,9 +157,9 @@ class _Watch:
         signal.pthread_kill(threading.main_thread().ident or 0, TELLS)
         if not self.done.wait(LAST):  # Ray has caught the exception, or waits where none can be raised
             advice = f"no trial is lost. To go on: {self.again}" if self.again else ""
-            print(f"error: the Ray cluster is gone: {self.reason}\n{advice}", file=sys.stderr, flush=True)
+            print(f"error: {self.news}\n{advice}", file=sys.stderr, flush=True)
             for say in self.words[::-1]:
-                wait([apart(partial(say, f"the Ray cluster is gone: {self.reason}"))], WORDS)
+                wait([apart(partial(say, self.news))], WORDS)
             os._exit(1)
         while threading.main_thread().is_alive():
             time.sleep(INTERVAL)

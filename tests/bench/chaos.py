@@ -165,6 +165,7 @@ def write(folder: Path, trials: int, seed: int) -> Path:
         num_samples=trials,
         max_failures=100,
         max_concurrent_trials=None,
+        gate=True,
     )
     return path.rename(folder / "upload" / path.name)
 

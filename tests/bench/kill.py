@@ -22,6 +22,7 @@ import psutil
 from ray_jobs.record import COMPLETE, Record
 from tests.bench.trial import RATE
 from tests.ray_jobs.commands import trial_processes
+from tests.ray_jobs.nodes import kill_all
 from tests.ray_jobs.small import SPACE, write_sweep
 from tests.ray_jobs.store import Store
 
@@ -39,6 +40,7 @@ def write(folder: Path, trials: int, seed: int) -> Path:
         num_samples=trials,
         max_failures=trials,
         max_concurrent_trials=None,
+        gate=True,
     )
 
 
@@ -87,10 +89,7 @@ class Cluster:
     def stop(self) -> None:
         """Kill the head and its node."""
         if self.head is not None:
-            head = psutil.Process(self.head.pid)
-            for process in [*head.children(recursive=True), head]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_all(psutil.Process(self.head.pid))
             self.head.wait()
             self.head = None
 

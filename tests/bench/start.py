@@ -34,6 +34,7 @@ def starts(folder: Path, workers: int, trials: int) -> list[float]:
         objectives=[{"metric": "held_out_loss"}],
         num_samples=trials,
         max_concurrent_trials=1,
+        gate=True,
         dense_baseline=False,
     )
     with (folder / "log").open("w") as log:

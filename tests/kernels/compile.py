@@ -84,7 +84,7 @@ Launch = tuple[Any, dict[str, Any], dict[str, int]]
 
 def one_of_each(of: list[Launch]) -> list[Launch]:
     """The last launch of each kernel."""
-    return list({kernel: (kernel, constants, options) for kernel, constants, options in of}.values())
+    return list({launch[0]: launch for launch in of}.values())
 
 
 def launches(tuned: bool) -> list[Launch]:
